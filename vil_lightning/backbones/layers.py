@@ -1,0 +1,216 @@
+"""The parts a Vision-LSTM block is made of.
+
+Letters: `B` batch, `S` tokens, `D` embed_dim, `E` inner width (2 D), `NH` heads, `DH` head width (E / NH), `h, w` token grid.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vil_lightning.ops import mlstm
+
+ConvKind = Literal["causal1d", "conv2d"]
+Grid = tuple[int, int]
+
+
+class BlockDiagonalLinear(nn.Module):
+    """Linear map that mixes channels only inside consecutive groups of `block_size` channels.
+
+    The published models use it for q, k and v, with groups of 4.
+
+    Args:
+        dim: Width of input and output; a multiple of `block_size`.
+    """
+
+    # Small blocks are laid out in dense tiles of this width before the product. At the sizes of ViL-T, one batched
+    # product of 16 x 16 tiles took a quarter of the time of the 4 x 4 einsum on a CPU.
+    tile_size = 16
+
+    def __init__(self, dim: int, block_size: int = 4, bias: bool = True) -> None:
+        super().__init__()
+        if dim % block_size:
+            raise ValueError(f"BlockDiagonalLinear: dim={dim} is not a multiple of block_size={block_size}.")
+        self.weight = nn.Parameter(torch.empty(dim // block_size, block_size, block_size))  # (G, out, in)
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
+        nn.init.normal_(self.weight, std=math.sqrt(2 / (5 * dim)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) -> (..., dim)."""
+        num_blocks, block_size, _ = self.weight.shape
+        dim = num_blocks * block_size
+        blocks_per_tile = math.gcd(num_blocks, max(self.tile_size // block_size, 1))
+        num_tiles, tile = num_blocks // blocks_per_tile, blocks_per_tile * block_size
+        # (tiles, r, out, 1, in) * (1, r, 1, r, 1): copies each block to the diagonal of its tile, zeros elsewhere.
+        diagonal = torch.eye(blocks_per_tile, dtype=self.weight.dtype, device=self.weight.device)
+        tiles = self.weight.view(num_tiles, blocks_per_tile, block_size, 1, block_size)
+        tiles = (tiles * diagonal[:, None, :, None]).reshape(num_tiles, tile, tile)
+
+        y = torch.bmm(x.reshape(-1, num_tiles, tile).transpose(0, 1), tiles.transpose(1, 2))
+        y = y.transpose(0, 1).reshape(*x.shape[:-1], dim)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]} blocks of {self.weight.shape[1]}, bias={self.bias is not None}"
+
+
+class CausalConv1d(nn.Module):
+    """Depthwise convolution along the scan: a token sees itself and the `kernel_size - 1` tokens scanned before it."""
+
+    def __init__(self, dim: int, kernel_size: int = 4) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, 1, kernel_size))
+        self.bias = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        _init_depthwise(self.weight, self.bias)
+
+    def forward(self, x: Tensor, grid_size: Grid, reverse: bool) -> Tensor:
+        """(B, S, E) -> (B, S, E). `grid_size` is not used; it is there to match `DepthwiseConv2d`."""
+        past = self.weight.shape[-1] - 1
+        # A reversed scan is the mirrored kernel with its padding at the other end: nothing is flipped but the weights.
+        weight = self.weight.flip(-1) if reverse else self.weight
+        x = F.pad(x.transpose(1, 2), (0, past) if reverse else (past, 0))
+        return F.conv1d(x, weight, self.bias, groups=x.shape[1]).transpose(1, 2)
+
+
+class DepthwiseConv2d(nn.Module):
+    """Depthwise convolution on the token grid (version 2 of ViL); zero padding keeps the grid's size."""
+
+    def __init__(self, dim: int, kernel_size: int = 3) -> None:
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"DepthwiseConv2d: conv_kernel_size={kernel_size} must be odd to keep the grid's size.")
+        self.weight = nn.Parameter(torch.empty(dim, 1, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        _init_depthwise(self.weight, self.bias)
+
+    def forward(self, x: Tensor, grid_size: Grid, reverse: bool) -> Tensor:
+        """(B, S, E) -> (B, S, E) with S = h * w.
+
+        A reversed row-major sequence is the image turned by 180 degrees; turning the kernel instead gives the same numbers.
+        """
+        batch, seq_len, dim = x.shape
+        if seq_len != grid_size[0] * grid_size[1]:
+            raise ValueError(
+                f"DepthwiseConv2d: {seq_len} tokens do not fill a grid of {grid_size[0]} x {grid_size[1]}."
+            )
+        weight = self.weight.flip(-1, -2) if reverse else self.weight
+        image = x.reshape(batch, *grid_size, dim).permute(0, 3, 1, 2)  # (B, E, h, w), channels last in memory
+        image = F.conv2d(image, weight, self.bias, padding=weight.shape[-1] // 2, groups=dim)
+        return image.permute(0, 2, 3, 1).reshape(batch, seq_len, dim)
+
+
+def _init_depthwise(weight: Tensor, bias: Tensor) -> None:
+    bound = 1 / math.sqrt(weight[0].numel())  # what torch gives its own convolutions
+    nn.init.uniform_(weight, -bound, bound)
+    nn.init.uniform_(bias, -bound, bound)
+
+
+class MultiHeadNorm(nn.Module):
+    """LayerNorm over the channels of each head on its own, with a gain (and bias) per channel."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float = 1e-5, bias: bool = True) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, NH, S, DH) -> (B, S, NH * DH)."""
+        x = F.layer_norm(x, x.shape[-1:], eps=self.eps)
+        x = x.transpose(1, 2).flatten(2) * self.weight
+        return x if self.bias is None else x + self.bias
+
+
+class MLSTMBranch(nn.Module):
+    """One directed pass over the tokens: convolution, q/k/v, gates, mLSTM, head norm and skip.
+
+    Args:
+        dim: Inner width E.
+        init_std: Standard deviation of the q, k and v weights.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        conv_kind: ConvKind,
+        conv_kernel_size: int,
+        qkv_block_size: int,
+        proj_bias: bool,
+        norm_bias: bool,
+        norm_eps: float,
+        init_std: float,
+        mlstm_backend: str,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.mlstm_backend = mlstm_backend
+        self.init_std = init_std
+        conv = {"causal1d": CausalConv1d, "conv2d": DepthwiseConv2d}[conv_kind]
+        self.conv = conv(dim, conv_kernel_size)
+        self.q_proj = BlockDiagonalLinear(dim, qkv_block_size, bias=proj_bias)
+        self.k_proj = BlockDiagonalLinear(dim, qkv_block_size, bias=proj_bias)
+        self.v_proj = BlockDiagonalLinear(dim, qkv_block_size, bias=proj_bias)
+        self.igate = nn.Linear(3 * dim, num_heads)  # reads [q; k; v]
+        self.fgate = nn.Linear(3 * dim, num_heads)
+        self.norm = MultiHeadNorm(dim, num_heads, eps=norm_eps, bias=norm_bias)
+        self.skip = nn.Parameter(torch.ones(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.conv.reset_parameters()
+        for proj in (self.q_proj, self.k_proj, self.v_proj):
+            nn.init.normal_(proj.weight, std=self.init_std)
+            if proj.bias is not None:
+                nn.init.zeros_(proj.bias)
+        nn.init.zeros_(self.igate.weight)
+        nn.init.normal_(self.igate.bias, std=0.1)
+        nn.init.zeros_(self.fgate.weight)
+        with torch.no_grad():
+            self.fgate.bias.copy_(torch.linspace(3.0, 6.0, self.num_heads))
+        nn.init.ones_(self.norm.weight)
+        if self.norm.bias is not None:
+            nn.init.zeros_(self.norm.bias)
+        nn.init.ones_(self.skip)
+
+    def forward(self, x: Tensor, grid_size: Grid, reverse: bool) -> Tensor:
+        """(B, S, E) -> (B, S, E)."""
+        c = F.silu(self.conv(x, grid_size, reverse))
+        q, k, v = self.q_proj(c), self.k_proj(c), self.v_proj(x)
+        igate, fgate = self._gates(q, k, v)  # (B, NH, S)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, NH, S, DH)
+        h = mlstm(q, k, v, igate, fgate, reverse=reverse, backend=self.mlstm_backend)
+        return self.norm(h) + self.skip * c
+
+    def _gates(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Pre-activations (B, NH, S) of both gates, without building the (B, S, 3E) concatenation they read."""
+        weight = torch.cat([self.igate.weight, self.fgate.weight])  # (2 NH, 3 E)
+        bias = torch.cat([self.igate.bias, self.fgate.bias])
+        # Never in half precision: with fgate around 5, bfloat16 resolves the logarithm of the decay to 2 % only.
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        with torch.autocast(q.device.type, enabled=False):
+            q_weight, k_weight, v_weight = weight.to(dtype).chunk(3, dim=-1)
+            gates = F.linear(q.to(dtype), q_weight, bias.to(dtype))
+            gates = gates + F.linear(k.to(dtype), k_weight) + F.linear(v.to(dtype), v_weight)
+        igate, fgate = gates.transpose(1, 2).chunk(2, dim=1)
+        return igate, fgate
+
+
+def resize_position_embedding(embed: Tensor, grid_size: Grid) -> Tensor:
+    """(1, h0, w0, D) -> (1, h, w, D); bicubic, corners not aligned, no antialiasing, as in the published models."""
+    if tuple(embed.shape[1:3]) == tuple(grid_size):
+        return embed
+    dtype = embed.dtype
+    image = embed.permute(0, 3, 1, 2).to(torch.promote_types(dtype, torch.float32))
+    image = F.interpolate(image, size=tuple(grid_size), mode="bicubic", align_corners=False)
+    return image.permute(0, 2, 3, 1).to(dtype)
