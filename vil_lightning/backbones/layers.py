@@ -1,6 +1,7 @@
 """The parts a Vision-LSTM block is made of.
 
-Letters: `B` batch, `S` tokens, `D` embed_dim, `E` inner width (2 D), `NH` heads, `DH` head width (E / NH), `h, w` token grid.
+Letters: `B` batch, `S` tokens, `D` embed_dim, `E` inner width (2 D), `NH` heads, `DH` head width (E / NH), `h, w` token
+grid.
 """
 
 import math
@@ -94,7 +95,8 @@ class DepthwiseConv2d(nn.Module):
     def forward(self, x: Tensor, grid_size: Grid, reverse: bool) -> Tensor:
         """(B, S, E) -> (B, S, E) with S = h * w.
 
-        A reversed row-major sequence is the image turned by 180 degrees; turning the kernel instead gives the same numbers.
+        A reversed row-major sequence is the image turned by 180 degrees; turning the kernel instead gives the same
+        numbers.
         """
         batch, seq_len, dim = x.shape
         if seq_len != grid_size[0] * grid_size[1]:
@@ -156,8 +158,8 @@ class MLSTMBranch(nn.Module):
         self.num_heads = num_heads
         self.mlstm_backend = mlstm_backend
         self.init_std = init_std
-        conv = {"causal1d": CausalConv1d, "conv2d": DepthwiseConv2d}[conv_kind]
-        self.conv = conv(dim, conv_kernel_size)
+        self.conv: CausalConv1d | DepthwiseConv2d
+        self.conv = (CausalConv1d if conv_kind == "causal1d" else DepthwiseConv2d)(dim, conv_kernel_size)
         self.q_proj = BlockDiagonalLinear(dim, qkv_block_size, bias=proj_bias)
         self.k_proj = BlockDiagonalLinear(dim, qkv_block_size, bias=proj_bias)
         self.v_proj = BlockDiagonalLinear(dim, qkv_block_size, bias=proj_bias)

@@ -5,8 +5,8 @@ Papers:
     xLSTM: Extended Long Short-Term Memory. Beck et al. 2024, arXiv:2405.04517
 Official code (architecture facts and published weights): NX-AI/vision-lstm
 
-A ViL is a patch embedding followed by `depth` gated mLSTM blocks that scan the patches in turn from the top left and from
-the bottom right. There is no attention, no MLP and no class token; the read-out uses the first and the last patch.
+A ViL is a patch embedding followed by `depth` gated mLSTM blocks that scan the patches in turn from the top left and
+from the bottom right. There is no attention, no MLP and no class token; the read-out uses the first and the last patch.
 
 Letters: `B` batch, `S` tokens, `D` embed_dim, `E` inner width (2 D), `h, w` token grid.
 """
@@ -14,7 +14,7 @@ Letters: `B` batch, `S` tokens, `D` embed_dim, `E` inner width (2 D), `h, w` tok
 import math
 import re
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from timm.layers import DropPath, LayerScale, trunc_normal_
@@ -128,8 +128,8 @@ class PatchEmbed(nn.Module):
         if size != self.img_size:
             if not self.dynamic_img_size:
                 raise ValueError(
-                    f"Input of {size[0]} x {size[1]} px does not match img_size={self.img_size}. Pass dynamic_img_size=True "
-                    "to interpolate the position embedding, or call set_input_size()."
+                    f"Input of {size[0]} x {size[1]} px does not match img_size={self.img_size}. Pass "
+                    "dynamic_img_size=True to interpolate the position embedding, or call set_input_size()."
                 )
             self.check_img_size(size)
         return self.proj(x).permute(0, 2, 3, 1)
@@ -205,7 +205,7 @@ class VisionLSTM(nn.Module):
         depth: Number of scans: 24 in tiny, small and base, counted as 12 pairs by the published version-2 code.
         num_heads: Heads of the mLSTM; 4 in all published models.
         block_design: Which directions the blocks scan in; one of `BLOCK_DESIGNS`.
-        conv_kind: Convolution before q and k: `conv2d` on the grid (version 2) or `causal1d` along the scan (version 1).
+        conv_kind: Convolution before q and k: `conv2d` on the grid (version 2), `causal1d` along the scan (version 1).
         conv_kernel_size: 3 in version 2, 4 in version 1.
         qkv_block_size: Width of the blocks of the block-diagonal q, k and v maps.
         proj_bias: Biases in the up, down, q, k and v projections (version 2).
@@ -317,7 +317,9 @@ class VisionLSTM(nn.Module):
             blocks.append(ViLBlock(embed_dim, mixer, norm_eps, norm_bias, init_values, drop_path))
         self.blocks = nn.ModuleList(blocks)
         reduction = self.patch_embed.feat_ratio()
-        self.feature_info = [dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=reduction) for i in range(depth)]
+        self.feature_info = [
+            {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": reduction} for i in range(depth)
+        ]
 
         self.norm = nn.LayerNorm(embed_dim, eps=final_norm_eps, bias=norm_bias)
         self._head_norm_eps = head_norm_eps
@@ -333,17 +335,17 @@ class VisionLSTM(nn.Module):
         """Draw all parameters anew, as `weight_init` says."""
         proj = self.patch_embed.proj
         nn.init.xavier_uniform_(proj.weight.view(proj.weight.shape[0], -1))
-        nn.init.zeros_(proj.bias)
+        nn.init.zeros_(proj.bias)  # type: ignore[arg-type]
         trunc_normal_(self.pos_embed.embed, std=0.02)
         down_std = 2 / math.sqrt(self.embed_dim) / (self.depth if self.weight_init == "fixed" else 1)
-        for block in self.blocks:
+        for block in cast("list[ViLBlock]", self.blocks):
             mixer = block.mixer
             nn.init.normal_(mixer.proj_up.weight, std=math.sqrt(2 / (5 * self.embed_dim)))
             nn.init.normal_(mixer.proj_down.weight, std=down_std)
             for linear in (mixer.proj_up, mixer.proj_down):
                 if linear.bias is not None:
                     nn.init.zeros_(linear.bias)
-            for branch in mixer.branches:
+            for branch in cast("list[MLSTMBranch]", mixer.branches):
                 branch.reset_parameters()
             block.norm.reset_parameters()
         self.norm.reset_parameters()
@@ -413,9 +415,9 @@ class VisionLSTM(nn.Module):
         old_norm, reference = self.fc_norm, self.patch_embed.proj.weight
         self._build_head()
         self._init_head()
-        if isinstance(old_norm, nn.LayerNorm) and isinstance(self.fc_norm, nn.LayerNorm):
-            if old_norm.normalized_shape == self.fc_norm.normalized_shape:
-                self.fc_norm = old_norm
+        norms = isinstance(old_norm, nn.LayerNorm) and isinstance(self.fc_norm, nn.LayerNorm)
+        if norms and old_norm.normalized_shape == self.fc_norm.normalized_shape:
+            self.fc_norm = old_norm
         for module in (self.fc_norm, self.head):
             module.to(device=reference.device, dtype=reference.dtype).train(self.training)
 
@@ -540,25 +542,25 @@ class VisionLSTM(nn.Module):
 
 # --- registered models ------------------------------------------------------------------------------------------------
 
-_VERSION_1: dict[str, Any] = dict(
-    conv_kind="causal1d",
-    conv_kernel_size=4,
-    proj_bias=False,
-    norm_bias=False,
-    global_pool="bilateral_avg",
-    final_norm_eps=1e-5,
-    head_norm_eps=1e-6,
-)
+_VERSION_1: dict[str, Any] = {
+    "conv_kind": "causal1d",
+    "conv_kernel_size": 4,
+    "proj_bias": False,
+    "norm_bias": False,
+    "global_pool": "bilateral_avg",
+    "final_norm_eps": 1e-5,
+    "head_norm_eps": 1e-6,
+}
 # eps as in the published hub models; the training code has the two last ones the other way round.
-_VERSION_2: dict[str, Any] = dict(
-    conv_kind="conv2d",
-    conv_kernel_size=3,
-    proj_bias=True,
-    norm_bias=True,
-    global_pool="bilateral_concat",
-    final_norm_eps=1e-6,
-    head_norm_eps=1e-5,
-)
+_VERSION_2: dict[str, Any] = {
+    "conv_kind": "conv2d",
+    "conv_kernel_size": 3,
+    "proj_bias": True,
+    "norm_bias": True,
+    "global_pool": "bilateral_concat",
+    "final_norm_eps": 1e-6,
+    "head_norm_eps": 1e-5,
+}
 
 
 def _cfg(file: str = "", **kwargs: Any) -> dict[str, Any]:
@@ -611,7 +613,7 @@ def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: di
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(-3, -2, -1), feature_cls="getter"),
+        feature_cfg={"out_indices": (-3, -2, -1), "feature_cls": "getter"},
         **args,
     )
 

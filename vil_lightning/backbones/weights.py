@@ -77,8 +77,8 @@ def load_weights(model: nn.Module, path: str | PathLike[str], allow_missing: Seq
     """Load a file into a model, completely or not at all.
 
     Understands the published raw ViL files (`.th`), checkpoints of any method of this project (of a self-distillation
-    run the teacher is taken), plain state dicts and `.safetensors`. The position embedding is resampled (bicubic) to the
-    model's grid. A classifier in the file is left out, and reported as unexpected, if the model has none.
+    run the teacher is taken), plain state dicts and `.safetensors`. The position embedding is resampled (bicubic) to
+    the model's grid. A classifier in the file is left out, and reported as unexpected, if the model has none.
 
     Args:
         model: Any model; weights are converted to its parameters' dtype and device.
@@ -135,13 +135,16 @@ def load_weights(model: nn.Module, path: str | PathLike[str], allow_missing: Seq
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """timm's hook: a state dict in any of the layouts of `load_weights`, made ready for `model`."""
+    """Hook for timm: a state dict in any of the layouts of `load_weights`, made ready for `model`."""
     renamed = to_model_names(backbone_state_dict(state_dict, "pretrained weights"))
     own = model.state_dict()
     renamed, _ = _resize_position_embedding(renamed, own)
-    for name in [n for n in renamed if n.startswith("fc_norm.") and n in own and own[n].shape != renamed[n].shape]:
-        # Another pooling than the published one: its norm has to be learned anew.
-        _logger.warning("%s has another width than in the file and keeps its initial value.", name)
+    # Another pooling than the published one, of another width: its norm and classifier have to be learned anew.
+    fresh = [n for n in renamed if n.startswith("fc_norm.") and n in own and own[n].shape != renamed[n].shape]
+    if "head.weight" in renamed and "head.weight" in own and fresh:
+        fresh += ["head.weight", "head.bias"]
+    for name in fresh:
+        _logger.warning("%s belongs to another pooling than in the file and keeps its initial value.", name)
         renamed[name] = own[name]
     if not getattr(model, "num_classes", 1):
         renamed = {n: v for n, v in renamed.items() if n in own or not n.startswith(("head.", "fc_norm."))}
@@ -164,8 +167,8 @@ def read_file(path: str | PathLike[str]) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         if "Weights only load failed" in str(error) and "GLOBAL" in str(error):
             raise WeightsError(
-                f"{path} holds pickled Python objects besides tensors and is not loaded, because unpickling can run any "
-                f"code. Save it as a plain state dict or .safetensors. ({_first_line(error)})"
+                f"{path} holds pickled Python objects besides tensors and is not loaded, because unpickling can run "
+                f"any code. Save it as a plain state dict or .safetensors. ({_first_line(error)})"
             ) from error
         raise WeightsError(f"{path} is damaged, or not a checkpoint: {_first_line(error)}.") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError) as error:

@@ -22,8 +22,8 @@ def mlstm_chunkwise(
 ) -> Tensor:
     """Chunkwise form; shapes as in `mlstm`, `log_fgate` as in `mlstm_recurrent`.
 
-    All chunks are cut to one length, as even as possible (196 tokens with `chunk_size=64` make four chunks of 49), so that
-    few padded tokens are ever computed. The state entering a chunk is the one of `mlstm_recurrent` after its last
+    All chunks are cut to one length, as even as possible (196 tokens with `chunk_size=64` make four chunks of 49), so
+    that few padded tokens are ever computed. The state entering a chunk is the one of `mlstm_recurrent` after its last
     token: memory C, normaliser n, running maximum m and stabiliser.
     """
     batch, heads, seq_len, head_dim = q.shape

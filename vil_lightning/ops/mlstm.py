@@ -49,8 +49,8 @@ def mlstm(
         h_t     = sum_s C_ts v_s / (max(|sum_s C_ts|, exp(-m_t)) + eps)
 
     The result is finite, with finite gradients, for any finite gate values. Gates, decay sums and the normaliser are
-    computed in float32 (float64 for float64 inputs), also under autocast; only the products with `q`, `k` and `v` run in
-    the (autocast) dtype of those.
+    computed in float32 (float64 for float64 inputs), also under autocast; only the products with `q`, `k` and `v` run
+    in the (autocast) dtype of those.
 
     Args:
         q: Queries (B, NH, S, DH).

@@ -28,6 +28,7 @@ def log_decay_matrix(igate: Tensor, log_fgate: Tensor, *, reverse: bool) -> Tens
     Args:
         igate: (..., S).
         log_fgate: (..., S).
+        reverse: Whether the scan starts at the last token.
 
     Returns:
         (..., S, S); `-inf` where the scan has not been yet.

@@ -18,9 +18,8 @@ def mlstm_recurrent(
     result is the same, since the scale cancels, but `exp(-stab_t)`, which takes the place of the 1, can no longer
     overflow when all gates are very negative.
 
-    Args:
-        log_fgate: `logsigmoid` of the forget gate pre-activations (B, NH, S), in the dtype used for all arithmetic here.
-            Other shapes as in `mlstm`.
+    Shapes as in `mlstm`. `log_fgate` is the `logsigmoid` of the forget gate pre-activations (B, NH, S), in the dtype
+    used for all arithmetic here.
     """
     dtype = log_fgate.dtype
     batch, heads, seq_len, head_dim = q.shape

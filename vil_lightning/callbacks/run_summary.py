@@ -1,0 +1,76 @@
+"""The run's first and last lines, and its hyper-parameters in TensorBoard."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from rich.panel import Panel
+
+
+class RunSummary(L.Callback):
+    """Prints what is about to run, and at the end what to run next.
+
+    A module may add lines with `run_info() -> dict[str, str]` and a command with `next_command(checkpoint) -> str`.
+
+    Args:
+        hyper_parameters: Flat settings for TensorBoard's HPARAMS page.
+    """
+
+    def __init__(self, hyper_parameters: dict[str, Any] | None = None) -> None:
+        self.hyper_parameters = hyper_parameters or {}
+        self.console = Console()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for p in pl_module.parameters() if not p.requires_grad)
+        lines = getattr(pl_module, "run_info", lambda: {"method": type(pl_module).__name__})()
+        lines["parameters"] = f"{trainable / 1e6:.2f} M trained, {frozen / 1e6:.2f} M not"
+        if hasattr(data, "train_source"):
+            lines["data"] = (
+                f"{type(data).__name__}: {len(data.train_source)} training and {len(data.val_source)} val images, "
+                f"{data.num_classes} classes"
+            )
+            batch = data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+            lines["batch"] = (
+                f"{batch} = {data.batch_size} x {trainer.world_size} device(s) x {trainer.accumulate_grad_batches} accumulated"
+            )
+        steps = trainer.estimated_stepping_batches
+        lines["length"] = f"{trainer.max_epochs} epochs, {steps} steps"
+        lines["hardware"] = f"{trainer.num_devices} x {trainer.strategy.root_device.type}, {trainer.precision}"
+        if trainer.global_step:
+            lines["resumed at"] = f"step {trainer.global_step}"
+        lines["logs"] = f"{trainer.log_dir}   (tensorboard --logdir logs)"
+        if self._checkpoint_dir(trainer):
+            lines["checkpoints"] = str(self._checkpoint_dir(trainer))
+        width = max(map(len, lines))
+        text = "\n".join(f"[bold]{key:<{width}}[/bold]  {value}" for key, value in lines.items())
+        self.console.print(Panel(text, title="vil_lightning", expand=False))
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("val/", "train/loss"))}
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and self.hyper_parameters:
+                logger.log_hyperparams(self.hyper_parameters, {f"final/{k}": v for k, v in metrics.items()})
+        if not trainer.is_global_zero:
+            return
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        self.console.print(f"Finished at step {trainer.global_step}. {shown}")
+        directory = self._checkpoint_dir(trainer)
+        last = Path(directory) / "last.ckpt" if directory else None
+        next_command = getattr(pl_module, "next_command", None)
+        if last is not None and last.is_file() and next_command is not None:
+            self.console.print(f"Weights: {last}\nNext:    {next_command(str(last))}", soft_wrap=True)
+
+    @staticmethod
+    def _checkpoint_dir(trainer: L.Trainer) -> Path | None:
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+                path = Path(callback.dirpath)
+                return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+        return None

@@ -1,0 +1,46 @@
+"""Pictures of what the network is fed."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch.nn import functional as F
+from torchvision.utils import make_grid
+
+
+class ViewPictures(L.Callback):
+    """Writes the views of a few images to TensorBoard: a row per image, a column per view, global views first.
+
+    Args:
+        num_images: Rows.
+        every_n_epochs: How often, from the first epoch on.
+        size: Side in px at which every view is shown.
+    """
+
+    def __init__(self, num_images: int = 8, every_n_epochs: int = 20, size: int = 96) -> None:
+        self.num_images = num_images
+        self.every_n_epochs = every_n_epochs
+        self.size = size
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx != 0 or trainer.current_epoch % self.every_n_epochs or not trainer.is_global_zero:
+            return
+        views = batch[0]
+        if not isinstance(views, list):
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        columns = []
+        for view in views:
+            pictures = data.denormalize(view[: self.num_images]).float()
+            # Local views keep their size relative to the global ones, on a grey ground.
+            side = max(1, round(self.size * view.shape[-1] / views[0].shape[-1]))
+            pictures = F.interpolate(pictures, size=(side, side), mode="nearest-exact")
+            margin = self.size - side
+            padding = (margin // 2, margin - margin // 2) * 2
+            columns.append(F.pad(pictures, padding, value=0.5))
+        rows = torch.stack(columns, dim=1).flatten(0, 1)
+        sheet = make_grid(rows, nrow=len(columns), padding=4, pad_value=1.0)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("views/global_then_local", sheet.cpu(), trainer.global_step)

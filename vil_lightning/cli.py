@@ -1,0 +1,169 @@
+"""The command line: Lightning's CLI, with this project's conventions for runs.
+
+A run is named after its recipe (or `--run_name`). Logs go to `logs/<run>/`, checkpoints to `checkpoints/<run>/last.ckpt` and
+`best.ckpt`. A run never replaces the checkpoints of another one unless told to with `--overwrite true`.
+"""
+
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+
+import vil_lightning.data
+import vil_lightning.methods  # noqa: F401 - makes the short class names known
+from vil_lightning.backbones.weights import WeightsError, read_file
+from vil_lightning.callbacks import RunProgressBar, RunSummary, Throughput
+from vil_lightning.errors import ConfigError
+
+LOG_ROOT = Path("logs")
+CHECKPOINT_ROOT = Path("checkpoints")
+
+
+class VilCLI(LightningCLI):
+    """Adds `run_name`, `overwrite` and `checkpoint` to Lightning's arguments."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--run_name",
+            type=str | None,
+            default=None,
+            help="Name of the folders for logs and checkpoints; the recipe's name if not set.",
+        )
+        parser.add_argument(
+            "--overwrite", type=bool, default=False, help="Delete logs and checkpoints of an earlier run of this name."
+        )
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.filename": "best",
+                "checkpoint.save_last": True,
+                "checkpoint.auto_insert_metric_name": False,
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        self.run_name = run_name_of(config)
+        checkpoint_dir, log_dir = CHECKPOINT_ROOT / self.run_name, LOG_ROOT / self.run_name
+        if config.trainer.logger in (None, True):
+            config.trainer.logger = Namespace(
+                class_path="lightning.pytorch.loggers.TensorBoardLogger",
+                init_args=Namespace(save_dir=str(LOG_ROOT), name="", version=self.run_name, default_hp_metric=False),
+            )
+        if config.checkpoint.dirpath is None:
+            config.checkpoint.dirpath = str(checkpoint_dir)
+        if config.get("ckpt_path"):
+            check_resumable(config.ckpt_path)
+            config.weights_only = True
+        if self.subcommand == "fit" and not config.trainer.fast_dev_run and rank_zero_only.rank == 0:
+            claim_run(Path(config.checkpoint.dirpath), log_dir, config.get("ckpt_path"), config.overwrite)
+
+    def before_fit(self) -> None:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, RunSummary):
+                callback.hyper_parameters = flatten(self.config["fit"], keys=("model", "data", "seed_everything"))
+
+
+def run_name_of(config: Namespace) -> str:
+    """`run_name`, or the name of the first YAML file, or `run`."""
+    if config.run_name:
+        name = config.run_name
+    else:
+        files = config.get("config") or []
+        name = Path(str(files[0])).stem if files else "run"
+    if Path(name).name != name or name in (".", ".."):
+        raise ConfigError(f"run_name={name!r} must be a plain folder name, without slashes.")
+    return name
+
+
+def claim_run(checkpoint_dir: Path, log_dir: Path, ckpt_path: str | None, overwrite: bool) -> None:
+    """Refuse to mix a new run with the checkpoints of an old one.
+
+    Raises:
+        ConfigError: If there are checkpoints, and the run neither continues from one of them nor may overwrite them.
+    """
+    existing = sorted(checkpoint_dir.glob("*.ckpt"))
+    if ckpt_path and Path(ckpt_path).resolve().parent == checkpoint_dir.resolve():
+        return
+    if existing and not overwrite:
+        raise ConfigError(
+            f"{checkpoint_dir} already holds {', '.join(path.name for path in existing)}. Choose one of:\n"
+            f"  --ckpt_path {existing[-1]}   continue that run\n"
+            f"  --run_name NAME   keep it, and start a new one next to it\n"
+            f"  --overwrite true   delete it (checkpoints and logs) and start again"
+        )
+    if overwrite:
+        for path in existing:
+            path.unlink()
+        shutil.rmtree(log_dir, ignore_errors=True)
+
+
+def check_resumable(path: str) -> None:
+    """Read a checkpoint that is to be resumed before anything is built.
+
+    Raises:
+        ConfigError: If it is missing, damaged, or not the state of a run.
+    """
+    try:
+        content = read_file(path)
+    except (WeightsError, FileNotFoundError) as error:
+        raise ConfigError(f"ckpt_path: {error}") from error
+    if "loops" not in content:
+        raise ConfigError(
+            f"ckpt_path={path} holds weights but not the state of a run, so it cannot be resumed. "
+            "To start from its weights, use --model.backbone.weights."
+        )
+
+
+def flatten(config: Any, keys: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Nested settings as `a.b.c: value`, for TensorBoard."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, Namespace):
+            value = vars(value)
+        if isinstance(value, Mapping):
+            for key, child in value.items():
+                walk(f"{prefix}.{key}" if prefix else str(key), child)
+        else:
+            flat[prefix] = value if isinstance(value, int | float | str | bool) else str(value)
+
+    for key in keys:
+        walk(key, config.get(key))
+    return flat
+
+
+def build_cli(args: list[str] | None = None, run: bool = True) -> VilCLI:
+    """The CLI, from `sys.argv` or a list; `run=False` builds the objects without running the subcommand."""
+    return VilCLI(
+        model_class=L.LightningModule,
+        datamodule_class=L.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,  # every method brings its own parameter groups
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={
+            "callbacks": [RunProgressBar(), Throughput(), RunSummary()],
+            "enable_model_summary": False,
+        },
+        args=args,
+        run=run,
+    )
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; what a user can repair ends with one message and exit code 2."""
+    try:
+        build_cli(args)
+    except ConfigError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        sys.exit(2)

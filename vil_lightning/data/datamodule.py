@@ -1,0 +1,150 @@
+"""What all image data modules share: loaders over a train and a val source."""
+
+import os
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vil_lightning.data.loading import EpochSampler, ImageSource, ResumableLoader, TransformedDataset
+from vil_lightning.data.transforms import EvalTransform, MultiCrop
+from vil_lightning.errors import ConfigError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class ImageDataModule(L.LightningDataModule):
+    """Serves a labelled train and val set, under a training or the evaluation transform.
+
+    A subclass says where images come from (`build_sources`); everything else is the same for all of them. Batches are
+    `(images, labels)`, under `MultiCrop` `([views, …], labels)`. Images leave the loader as uint8 and are normalised on
+    the device.
+
+    Args:
+        img_size: Side in px of images under the evaluation transform.
+        batch_size: Images per device and step.
+        num_workers: Worker processes per loader.
+        train_transform: Random views for training; None trains on the evaluation transform.
+        eval_batch_size: Images per device and step without gradients; `batch_size` if None.
+        mean: Per-channel mean, for pixel values in [0, 1].
+        std: Per-channel standard deviation.
+        seed: Of order and augmentation; the run's `seed_everything` if None.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        batch_size: int = 64,
+        num_workers: int = 4,
+        train_transform: MultiCrop | None = None,
+        eval_batch_size: int | None = None,
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("batch_size", batch_size), ("img_size", img_size), ("eval_batch_size", eval_batch_size)):
+            if value is not None and value < 1:
+                raise ConfigError(f"data.{name}={value} must be at least 1.")
+        self.img_size = img_size
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.num_workers = num_workers
+        self.train_transform = train_transform
+        self.mean = tuple(mean)
+        self.std = tuple(std)
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
+        self.train_source: ImageSource
+        self.val_source: ImageSource
+        self.classes: list[str] = []
+        self._served: dict[str, DataLoader[Any]] = {}
+
+    @abstractmethod
+    def build_sources(self) -> tuple[ImageSource, ImageSource, list[str]]:
+        """Train source, val source, and the names of the classes."""
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def setup(self, stage: str | None = None) -> None:
+        if not self.classes:
+            self.train_source, self.val_source, self.classes = self.build_sources()
+
+    # --- loaders ------------------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled, under the training transform; the last, smaller batch of an epoch is dropped."""
+        if "train" in self._served:
+            return self._served["train"]
+        world_size, _ = self._processes()
+        num_images, per_step = len(self.train_source), self.batch_size * world_size
+        if num_images < per_step:
+            raise ConfigError(
+                f"data.batch_size={self.batch_size} on {world_size} process(es) needs {per_step} images for one step, but "
+                f"the training set has {num_images}. Use a smaller data.batch_size."
+            )
+        transform = self.train_transform or EvalTransform(self.img_size)
+        return self._loader(self.train_source, transform, self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        if "val" in self._served:
+            return self._served["val"]
+        return self._loader(self.val_source, EvalTransform(self.img_size), self.eval_batch_size, shuffle=False)
+
+    def eval_train_dataloader(self) -> DataLoader[Any]:
+        """The training images in fixed order, under the evaluation transform: a bank for kNN and probes."""
+        return self._loader(self.train_source, EvalTransform(self.img_size), self.eval_batch_size, shuffle=False)
+
+    def serve(self, train: DataLoader[Any], val: DataLoader[Any]) -> None:
+        """Hand out these loaders instead of images from now on, e.g. features that were extracted once."""
+        self._served = {"train": train, "val": val}
+
+    def _processes(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 1, 0
+        return self.trainer.world_size, self.trainer.global_rank
+
+    def _loader(
+        self, source: ImageSource, transform: Callable[[Tensor], Any], batch_size: int, shuffle: bool
+    ) -> DataLoader[Any]:
+        dataset = TransformedDataset(source, transform, self.seed)
+        world_size, rank = self._processes()
+        return ResumableLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=EpochSampler(dataset, world_size, rank, shuffle=shuffle, seed=self.seed, drop_last=shuffle),
+            num_workers=self.num_workers,
+            drop_last=shuffle,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0 and shuffle,
+        )
+
+    # --- on the device ------------------------------------------------------------------------------------------------
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if self._served:
+            return batch
+        images, labels = batch
+        if isinstance(images, list):
+            return [self.normalize(view) for view in images], labels
+        return self.normalize(images), labels
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) -> float32 with the data set's mean and deviation removed; floats pass unchanged."""
+        if images.dtype != torch.uint8:
+            return images
+        mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
+        return (images.float() / 255 - mean) / std
+
+    def denormalize(self, images: Tensor) -> Tensor:
+        """Back to [0, 1], for pictures."""
+        mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
+        return (images.float() * std + mean).clamp(0, 1)

@@ -1,0 +1,7 @@
+"""Training methods: one LightningModule per file."""
+
+from vil_lightning.methods.backbone import BackboneConfig
+from vil_lightning.methods.dino import DINO
+from vil_lightning.methods.linear_probe import LinearProbe
+
+__all__ = ["DINO", "BackboneConfig", "LinearProbe"]

@@ -1,0 +1,116 @@
+"""A method's backbone is named in its recipe and built here: any timm model, with weights from a file if wanted."""
+
+import dataclasses
+import difflib
+from typing import Any
+
+import timm
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+import vil_lightning  # noqa: F401 - registers the ViL models with timm
+from vil_lightning.backbones.weights import WeightsError, load_weights, read_file
+from vil_lightning.errors import ConfigError
+
+CHECKPOINT_KEY = "backbone"  # what every method writes into its checkpoints: name and kwargs of its backbone
+
+
+@dataclasses.dataclass
+class BackboneConfig:
+    """Which network to build.
+
+    Args:
+        name: Any timm model, e.g. `vil2_tiny_patch16_224`. None takes name and kwargs from the checkpoint in `weights`.
+        weights: A checkpoint of any method here, a published `.th`, a plain state dict or `.safetensors`. None starts
+            from the initialisation.
+        kwargs: Arguments of the model, e.g. `{img_size: 96, drop_path_rate: 0.1}`.
+    """
+
+    name: str | None = None
+    weights: str | None = None
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def resolve_backbone(config: BackboneConfig) -> BackboneConfig:
+    """Fill in the name and kwargs that a checkpoint of this project records; `config.kwargs` override them."""
+    if config.name is not None:
+        return config
+    if config.weights is None:
+        raise ConfigError(
+            "model.backbone.name is not set, and there is no model.backbone.weights to take it from. "
+            "Set one of them, e.g. --model.backbone.weights checkpoints/pretrain_dino/last.ckpt"
+        )
+    recorded = _read(config.weights).get(CHECKPOINT_KEY)
+    if not isinstance(recorded, dict) or "name" not in recorded:
+        raise ConfigError(
+            f"model.backbone.weights={config.weights} does not record which backbone it holds. Set model.backbone.name "
+            "(and model.backbone.kwargs) to the architecture of that file."
+        )
+    return dataclasses.replace(config, name=recorded["name"], kwargs={**recorded["kwargs"], **config.kwargs})
+
+
+def build_backbone(config: BackboneConfig, **overrides: Any) -> nn.Module:
+    """The model without classifier, returning its pooled vector.
+
+    Args:
+        config: After `resolve_backbone`.
+        overrides: Arguments that win over `config.kwargs`, if the model takes them.
+
+    Raises:
+        ConfigError: For an unknown name, arguments the model refuses, or weights that do not fit.
+    """
+    name = config.name or ""
+    if not timm.is_model(name.split(".")[0]):
+        known = timm.list_models()
+        close = difflib.get_close_matches(name, known, n=4, cutoff=0.5) or timm.list_models("vil*")[:4]
+        raise ConfigError(
+            f"model.backbone.name={name!r} is not a known model. Did you mean {', '.join(close)}? "
+            "timm.list_models() names all of them; ViL models start with 'vil'."
+        )
+    kwargs = {**config.kwargs, **overrides}
+    try:
+        model = timm.create_model(name, num_classes=0, **kwargs)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise ConfigError(f"model.backbone: {name} cannot be built with kwargs={kwargs}: {error}") from error
+    if config.weights is not None:
+        try:
+            report = load_weights(model, config.weights, allow_missing=("fc_norm.", "head."))
+        except (WeightsError, FileNotFoundError) as error:
+            raise ConfigError(f"model.backbone.weights: {error}") from error
+        rank_zero_info(f"Backbone weights from {report}")
+    return model
+
+
+def check_input_size(backbone: nn.Module, size: int, key: str) -> None:
+    """Send one empty image of `size` px through the model; turn its complaint into one that names `key`."""
+    parameter = next(backbone.parameters())
+    was_training = backbone.training
+    image = torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype)
+    try:
+        with torch.no_grad():
+            backbone.eval()(image)
+    except (ValueError, RuntimeError, AssertionError) as error:
+        hint = "For timm's transformers, model.backbone.kwargs.dynamic_img_size: true accepts other sizes."
+        raise ConfigError(f"{key}={size} does not fit the backbone: {error} {hint}") from error
+    finally:
+        backbone.train(was_training)
+
+
+def feature_dim(backbone: nn.Module) -> int:
+    """Width of the vector that `backbone(images)` returns."""
+    return int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)  # type: ignore[arg-type]
+
+
+def patch_tokens(backbone: nn.Module, features: Tensor) -> Tensor:
+    """Output of `forward_features` as patch tokens (B, S, D), without class tokens; feature maps are flattened."""
+    if features.ndim == 4:  # (B, D, h, w) of a convolutional network
+        return features.flatten(2).transpose(1, 2)
+    return features[:, int(getattr(backbone, "num_prefix_tokens", 0)) :]
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        return read_file(path)
+    except (WeightsError, FileNotFoundError) as error:
+        raise ConfigError(f"model.backbone.weights: {error}") from error
