@@ -88,7 +88,8 @@ def main() -> None:
             untrained = build_backbone(config)
             config.weights = checkpoint
             trained = build_backbone(config)
-        data = Digits(img_size=untrained.patch_embed.img_size[0], seed=0)  # type: ignore[union-attr,index]
+        img_size = recorded["kwargs"].get("img_size", 224)
+        data = Digits(img_size=img_size, seed=0)
         data.setup()
         rows.append((seed, *scores(untrained, data), *scores(trained, data), seconds))
         print(f"seed {seed}: {[round(x, 1) for x in rows[-1][1:]]}", file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@ A run is named after its recipe (or `--run_name`). Logs go to `logs/<run>/`, che
 `best.ckpt`. A run never replaces the checkpoints of another one unless told to with `--overwrite true`.
 """
 
+import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -14,7 +15,6 @@ import lightning as L
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
 
 import vil_lightning.data
 import vil_lightning.methods  # noqa: F401 - makes the short class names known
@@ -63,7 +63,7 @@ class VilCLI(LightningCLI):
         if config.get("ckpt_path"):
             check_resumable(config.ckpt_path)
             config.weights_only = True
-        if self.subcommand == "fit" and not config.trainer.fast_dev_run and rank_zero_only.rank == 0:
+        if self.subcommand == "fit" and not config.trainer.fast_dev_run and int(os.environ.get("LOCAL_RANK", "0")) == 0:
             claim_run(Path(config.checkpoint.dirpath), log_dir, config.get("ckpt_path"), config.overwrite)
 
     def before_fit(self) -> None:

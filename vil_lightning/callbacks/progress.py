@@ -27,7 +27,8 @@ class Throughput(L.Callback):
         self._seconds += now - (self._last if self._last is not None else now)
         self._last = now  # the next batch's loading time counts
         self._images += len(batch[-1]) * trainer.world_size
-        if trainer.global_step % trainer.log_every_n_steps == 0 and self._seconds > 0:
+        # Just when Lightning writes logs: this hook runs after the step was counted.
+        if trainer.global_step % trainer.log_every_n_steps == 0 and self._seconds > 0:  # type: ignore[attr-defined]
             pl_module.log("speed/images_per_second", self._images / self._seconds)
             self._images, self._seconds = 0, 0.0
 

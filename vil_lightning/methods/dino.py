@@ -163,7 +163,7 @@ class DINO(L.LightningModule):
             loss = self.loss(teacher_views, student_views, teacher_temp=teacher_temp)
         self._loss_to_check = loss.detach()
         self.log("train/loss", loss, prog_bar=True)
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # when Lightning writes logs
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log_health(loss.detach(), teacher_views, center, teacher_temp, features.detach())
         return loss
 
@@ -175,7 +175,7 @@ class DINO(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Gradients are unscaled and accumulated here, and not clipped yet.
         if self.trainer.global_step < self.schedule_steps["freeze_last_layer"]:
-            for parameter in self.student["head"].last_layer.parameters():
+            for parameter in self.student["head"].last_layer.parameters():  # type: ignore[union-attr]
                 parameter.grad = None
 
     def configure_gradient_clipping(
@@ -254,7 +254,7 @@ class DINO(L.LightningModule):
 
     def on_fit_start(self) -> None:
         transform = getattr(getattr(self.trainer, "datamodule", None), "train_transform", None)
-        if not hasattr(transform, "num_local_views"):
+        if transform is None or not hasattr(transform, "num_local_views"):
             raise ConfigError(
                 "DINO trains on several views of an image: set data.train_transform to a MultiCrop "
                 f"(got {transform!r}), as configs/pretrain_dino.yaml does."
