@@ -1,7 +1,7 @@
 """Time the mLSTM backends against each other and print a Markdown table.
 
-The table sets two numbers in `vil_lightning/ops/mlstm.py`: the sequence length up to which `auto` takes the parallel form,
-and the default chunk size.
+The table sets two numbers in `vil_lightning/ops/mlstm.py`: the sequence length up to which `auto` takes the parallel
+form, and the default chunk size.
 
     python benchmarks/mlstm_backends.py > benchmarks/results/mlstm_backends_<hardware>_<date>.md
 """
@@ -46,6 +46,8 @@ def main() -> None:
     print(f"- hardware: {hardware(args.device)}")
     print(f"- software: torch {torch.__version__}, Python {platform.python_version()}")
     print(f"- command: `python {shlex.join(sys.argv)}`")
+    if hasattr(os, "getloadavg"):
+        print(f"- load average of the last minute when started: {os.getloadavg()[0]:.2f}")
     print(f"- shapes: B={args.batch}, NH={args.heads}, DH={args.head_dim}, float32, eager")
     print(f"- median of {args.rounds} rounds; in a round, all backends run one after the other\n")
     print("Milliseconds; in brackets, how many times faster than `parallel`.")

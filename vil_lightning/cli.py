@@ -4,9 +4,10 @@ A run is named after its recipe (or `--run_name`). Logs go to `logs/<run>/`, che
 `best.ckpt`. A run never replaces the checkpoints of another one unless told to with `--overwrite true`.
 """
 
-import os
+import logging
 import shutil
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import lightning as L
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import vil_lightning.data
 import vil_lightning.methods  # noqa: F401 - makes the short class names known
@@ -49,8 +52,15 @@ class VilCLI(LightningCLI):
             }
         )
 
+    def _parse_ckpt_path(self) -> None:
+        # Lightning reads the checkpoint here, and would fail on a damaged one with a traceback.
+        path = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
+        if path:
+            check_resumable(path)
+        super()._parse_ckpt_path()
+
     def before_instantiate_classes(self) -> None:
-        config = self.config[self.subcommand]
+        config = self.config[self.subcommand] if self.subcommand else self.config
         self.run_name = run_name_of(config)
         checkpoint_dir, log_dir = CHECKPOINT_ROOT / self.run_name, LOG_ROOT / self.run_name
         if config.trainer.logger in (None, True):
@@ -61,12 +71,19 @@ class VilCLI(LightningCLI):
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(checkpoint_dir)
         if config.get("ckpt_path"):
-            check_resumable(config.ckpt_path)
             config.weights_only = True
-        if self.subcommand == "fit" and not config.trainer.fast_dev_run and int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            claim_run(Path(config.checkpoint.dirpath), log_dir, config.get("ckpt_path"), config.overwrite)
+        self.to_delete: list[Path] = []
+        if self.subcommand == "fit" and not config.trainer.fast_dev_run and getattr(rank_zero_only, "rank", 0) == 0:
+            self.to_delete = claim_run(
+                Path(config.checkpoint.dirpath), log_dir, config.get("ckpt_path"), config.overwrite
+            )
 
     def before_fit(self) -> None:
+        for path in self.to_delete:  # only now: everything has been built without an error
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunSummary):
                 callback.hyper_parameters = flatten(self.config["fit"], keys=("model", "data", "seed_everything"))
@@ -84,15 +101,18 @@ def run_name_of(config: Namespace) -> str:
     return name
 
 
-def claim_run(checkpoint_dir: Path, log_dir: Path, ckpt_path: str | None, overwrite: bool) -> None:
+def claim_run(checkpoint_dir: Path, log_dir: Path, ckpt_path: str | None, overwrite: bool) -> list[Path]:
     """Refuse to mix a new run with the checkpoints of an old one.
+
+    Returns:
+        What has to be deleted before the run starts.
 
     Raises:
         ConfigError: If there are checkpoints, and the run neither continues from one of them nor may overwrite them.
     """
     existing = sorted(checkpoint_dir.glob("*.ckpt"))
     if ckpt_path and Path(ckpt_path).resolve().parent == checkpoint_dir.resolve():
-        return
+        return []
     if existing and not overwrite:
         raise ConfigError(
             f"{checkpoint_dir} already holds {', '.join(path.name for path in existing)}. Choose one of:\n"
@@ -100,10 +120,7 @@ def claim_run(checkpoint_dir: Path, log_dir: Path, ckpt_path: str | None, overwr
             f"  --run_name NAME   keep it, and start a new one next to it\n"
             f"  --overwrite true   delete it (checkpoints and logs) and start again"
         )
-    if overwrite:
-        for path in existing:
-            path.unlink()
-        shutil.rmtree(log_dir, ignore_errors=True)
+    return [*existing, log_dir] if overwrite else []
 
 
 def check_resumable(path: str) -> None:
@@ -160,10 +177,38 @@ def build_cli(args: list[str] | None = None, run: bool = True) -> VilCLI:
     )
 
 
+def silence_known_messages() -> None:
+    """Hide what other packages say about things that are meant here, so that what remains is worth reading."""
+    for message in (
+        r".*torch\.nn\.utils\.weight_norm` is deprecated",  # inside lightly's DINO head
+        r".*isinstance\(treespec, LeafSpec\)",  # inside lightning
+        r"Found \d+ module\(s\) in eval mode",  # teachers and frozen backbones
+        r"You passed in a `val_dataloader` but have no `validation_step`",  # the kNN callback reads it
+        r".*does not have many workers",  # the built-in data set is in memory
+        r".*could not find the monitored key",  # kNN runs every few epochs
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    advertisement = "For seamless cloud logging"
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: advertisement not in record.getMessage())
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line; what a user can repair ends with one message and exit code 2."""
+    silence_known_messages()
     try:
         build_cli(args)
-    except ConfigError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
+    except (ValueError, MisconfigurationException) as error:
+        repairable = find_repairable(error)
+        if repairable is None:
+            raise
+        print(f"\nerror: {repairable}", file=sys.stderr)
         sys.exit(2)
+
+
+def find_repairable(error: BaseException) -> BaseException | None:
+    """What a user can repair, in the chain of causes: jsonargparse wraps the errors of the classes it builds."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ConfigError | MisconfigurationException):
+        cause = cause.__cause__
+    return cause

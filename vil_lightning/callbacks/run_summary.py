@@ -24,6 +24,7 @@ class RunSummary(L.Callback):
         self.console = Console()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        log_dir = trainer.log_dir  # a broadcast: every process must ask
         if not trainer.is_global_zero:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -45,7 +46,7 @@ class RunSummary(L.Callback):
         lines["hardware"] = f"{trainer.num_devices} x {trainer.strategy.root_device.type}, {trainer.precision}"
         if trainer.global_step:
             lines["resumed at"] = f"step {trainer.global_step}"
-        lines["logs"] = f"{trainer.log_dir}   (tensorboard --logdir logs)"
+        lines["logs"] = f"{log_dir}   (tensorboard --logdir logs)"
         if self._checkpoint_dir(trainer):
             lines["checkpoints"] = str(self._checkpoint_dir(trainer))
         width = max(map(len, lines))

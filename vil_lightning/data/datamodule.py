@@ -63,6 +63,8 @@ class ImageDataModule(L.LightningDataModule):
         self.val_source: ImageSource
         self.classes: list[str] = []
         self._served: dict[str, DataLoader[Any]] = {}
+        self._train_loader: ResumableLoader | None = None
+        self._resume_from: dict[str, int] | None = None
 
     @abstractmethod
     def build_sources(self) -> tuple[ImageSource, ImageSource, list[str]]:
@@ -90,7 +92,20 @@ class ImageDataModule(L.LightningDataModule):
                 f"the training set has {num_images}. Use a smaller data.batch_size."
             )
         transform = self.train_transform or EvalTransform(self.img_size)
-        return self._loader(self.train_source, transform, self.batch_size, shuffle=True)
+        self._train_loader = self._loader(self.train_source, transform, self.batch_size, shuffle=True)
+        if self._resume_from is not None:
+            self._train_loader.load_state_dict(self._resume_from)
+            self._resume_from = None
+        return self._train_loader
+
+    # Lightning restores a loader's own state only if the loader is not yet built when a checkpoint is read; but
+    # `estimated_stepping_batches`, which schedules need, builds it before. A data module's state comes in time.
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"train_loader": self._train_loader.state_dict()} if self._train_loader is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resume_from = state_dict.get("train_loader")
 
     def val_dataloader(self) -> DataLoader[Any]:
         if "val" in self._served:
@@ -112,7 +127,7 @@ class ImageDataModule(L.LightningDataModule):
 
     def _loader(
         self, source: ImageSource, transform: Callable[[Tensor], Any], batch_size: int, shuffle: bool
-    ) -> DataLoader[Any]:
+    ) -> ResumableLoader:
         dataset = TransformedDataset(source, transform, self.seed)
         world_size, rank = self._processes()
         return ResumableLoader(

@@ -35,7 +35,7 @@ class MultiCrop:
         local_scale: The same for local views.
         ratio: Aspect ratio of the crops, smallest and largest.
         hflip_prob: Probability of a horizontal flip. 0 where left and right matter (digits).
-        rotation: Largest rotation in degrees, either way, before cropping. 0 (none) in the official recipe.
+        rotation: Largest rotation of a view in degrees, either way. 0 (none) in the official recipe.
         color_jitter: Strengths for brightness, contrast, saturation and hue.
         color_jitter_prob: Probability of the colour jitter.
         grayscale_prob: Probability of dropping the colours.
@@ -106,11 +106,10 @@ class MultiCrop:
         return views
 
     def _view(self, image: Tensor, size: int, scale: Sequence[float], blur: float, solarize: float) -> Tensor:
-        if self.rotation:
-            angle = _uniform(-self.rotation, self.rotation)
-            image = TF.rotate(image, angle, interpolation=InterpolationMode.BILINEAR, fill=_border(image))
         top, left, height, width = random_crop_box(image.shape[-2], image.shape[-1], scale, self.ratio)
         image = TF.resized_crop(image, top, left, height, width, [size, size], interpolation=_BICUBIC, antialias=True)
+        if self.rotation:  # after resizing, when there are more pixels to interpolate
+            image = _rotate(image, _uniform(-self.rotation, self.rotation))
         if _happens(self.hflip_prob):
             image = TF.horizontal_flip(image)
         if _happens(self.color_jitter_prob):
@@ -155,10 +154,15 @@ def random_crop_box(
     return (height - side) // 2, (width - side) // 2, side, side
 
 
-def _border(image: Tensor) -> list[float]:
-    """Mean colour of the image's edge: what a rotation shows beyond it."""
-    edge = torch.cat([image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]], dim=1)
-    return edge.float().mean(dim=1).tolist()
+def _rotate(image: Tensor, angle: float) -> Tensor:
+    """Rotate about the centre, in degrees; what comes into view has the mean colour of the image's edge.
+
+    That colour is moved to zero first: `rotate(fill=…)` would blend the seam with black.
+    """
+    border = torch.cat([image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]], dim=1).float()
+    edge = border.mean(dim=1).view(-1, 1, 1)
+    rotated = TF.rotate(image.float() - edge, angle, interpolation=InterpolationMode.BILINEAR) + edge
+    return rotated.round().clamp(0, 255).to(image.dtype)
 
 
 class EvalTransform:

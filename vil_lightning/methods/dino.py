@@ -217,6 +217,8 @@ class DINO(L.LightningModule):
         if not math.isfinite(total):
             raise ConfigError("The schedules need the length of the run: set trainer.max_epochs or trainer.max_steps.")
         total_steps = int(total)
+        if self.trainer.train_dataloader is None:  # with max_steps alone, nothing has asked for it yet
+            self.trainer.fit_loop.setup_data()
         steps_per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         durations: dict[str, Duration] = {
             "lr_warmup": self.lr_warmup,

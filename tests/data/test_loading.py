@@ -1,0 +1,163 @@
+"""What a sample looks like depends on (seed, epoch, index) alone."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vil_lightning.data import Digits, MultiCrop
+from vil_lightning.data.loading import EpochSampler, ResumableLoader, TransformedDataset, seeded
+
+COUNT, BATCH = 22, 4
+
+
+class Numbered:
+    """Image i is grey of value i, plus a gradient to crop from."""
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        gradient = torch.arange(16 * 16, dtype=torch.uint8).view(1, 16, 16).expand(3, -1, -1)
+        return (gradient + index).to(torch.uint8), index
+
+
+def loader(rank: int = 0, world_size: int = 1, batch_size: int = BATCH, num_workers: int = 0) -> ResumableLoader:
+    transform = MultiCrop(global_size=8, local_size=4, num_local_views=1)
+    dataset = TransformedDataset(Numbered(), transform, seed=5)
+    sampler = EpochSampler(dataset, world_size, rank, shuffle=True, seed=5, drop_last=True)
+    return ResumableLoader(dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers, drop_last=True)
+
+
+def epoch_of(loader: ResumableLoader, epoch: int = 0) -> list[Any]:
+    loader.sampler.set_epoch(epoch)  # type: ignore[union-attr]
+    return list(loader)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two batches have the same views and labels, bit for bit."""
+    return torch.equal(a[1], b[1]) and all(torch.equal(x, y) for x, y in zip(a[0], b[0], strict=True))
+
+
+def by_label(batches: list[Any]) -> dict[int, list[Tensor]]:
+    return {int(label): [view[i] for view in views] for views, labels in batches for i, label in enumerate(labels)}
+
+
+def test_batches__independent_of_the_number_of_workers() -> None:
+    alone, helped = epoch_of(loader(), 3), epoch_of(loader(num_workers=2), 3)
+    assert len(alone) == len(helped) == COUNT // BATCH
+    assert all(same(a, b) for a, b in zip(alone, helped, strict=True))
+
+
+def test_samples__independent_of_the_number_of_processes() -> None:
+    one = by_label(epoch_of(loader(batch_size=2), 1))
+    ranks = [by_label(epoch_of(loader(rank, 2, batch_size=1), 1)) for rank in range(2)]
+    assert not set(ranks[0]) & set(ranks[1])
+    two = ranks[0] | ranks[1]
+    assert set(one) == set(two) == set(range(COUNT))
+    assert all(torch.equal(x, y) for label in one for x, y in zip(one[label], two[label], strict=True))
+
+
+def test_global_batches__the_same_images_on_one_process_and_two() -> None:
+    one = epoch_of(loader(batch_size=4))
+    two = [epoch_of(loader(rank, 2, batch_size=2)) for rank in range(2)]
+    for whole, first, second in zip(one, *two, strict=True):
+        assert set(whole[1].tolist()) == set(first[1].tolist()) | set(second[1].tolist())
+
+
+def test_epochs__differ_in_order_and_augmentation() -> None:
+    first, second = epoch_of(loader(), 0), epoch_of(loader(), 1)
+    assert [b[1].tolist() for b in first] != [b[1].tolist() for b in second]
+    a, b = by_label(first), by_label(second)
+    common = set(a) & set(b)
+    assert len(common) > 10
+    changed = [label for label in common if not torch.equal(a[label][0], b[label][0])]
+    assert len(changed) > 0.8 * len(common)
+
+
+def test_epochs__are_repeatable() -> None:
+    assert all(same(a, b) for a, b in zip(epoch_of(loader(), 2), epoch_of(loader(), 2), strict=True))
+
+
+def test_views__of_one_image_differ() -> None:
+    views, _ = epoch_of(loader())[0]
+    assert not torch.equal(views[0], views[1])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("done", [1, 3])
+def test_resumable_loader__continues_with_the_next_batch(done: int, num_workers: int) -> None:
+    whole = epoch_of(loader(), 1)
+    interrupted = loader()
+    interrupted.sampler.set_epoch(1)  # type: ignore[union-attr]
+    iterator = iter(interrupted)
+    for _ in range(done):
+        next(iterator)
+    state = interrupted.state_dict()
+    resumed = loader(num_workers=num_workers)
+    resumed.load_state_dict(state)
+    rest = epoch_of(resumed, 1)
+    assert len(rest) == len(whole) - done
+    assert all(same(a, b) for a, b in zip(rest, whole[done:], strict=True))
+    # The next epoch starts at its beginning again.
+    assert all(same(a, b) for a, b in zip(epoch_of(resumed, 2), epoch_of(loader(), 2), strict=True))
+
+
+def test_resumable_loader__state_counts_on_after_resuming() -> None:
+    resumed = loader()
+    resumed.load_state_dict({"batches_done": 2})
+    iterator = iter(resumed)
+    next(iterator)
+    assert resumed.state_dict() == {"batches_done": 3}
+
+
+def test_resumable_loader__finished_epoch_starts_the_next_one_from_its_beginning() -> None:
+    finished = loader()
+    epoch_of(finished, 0)
+    resumed = loader()
+    resumed.load_state_dict(finished.state_dict())
+    assert all(same(a, b) for a, b in zip(epoch_of(resumed, 1), epoch_of(loader(), 1), strict=True))
+
+
+def test_seeded__restores_the_generator() -> None:
+    expected = [torch.rand(3), torch.rand(3)]
+    torch.manual_seed(0)
+    first = torch.rand(3)
+    with seeded(1, 2, 3):
+        inside = torch.rand(3)
+    assert torch.equal(first, expected[0])
+    assert torch.equal(torch.rand(3), expected[1])
+    with seeded(1, 2, 3):
+        assert torch.equal(torch.rand(3), inside)
+
+
+def test_seeded__restores_the_generator_after_an_error() -> None:
+    state = torch.get_rng_state()
+
+    def fails() -> None:
+        with seeded(1, 2, 3):
+            torch.rand(3)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_seeded__each_number_counts() -> None:
+    draws = set()
+    for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 1, 1), (0, 2, 1), (0, 1, 2)):
+        with seeded(*key):
+            draws.add(torch.rand((), dtype=torch.float64).item())
+    assert len(draws) == 9
+
+
+def test_data_module__seed_decides_the_batches() -> None:
+    def first_batch(seed: int) -> Any:
+        data = Digits(8, 8, train_transform=MultiCrop(8, 4, 1, hflip_prob=0.0), seed=seed)
+        data.setup()
+        return next(iter(data.train_dataloader()))
+
+    assert same(first_batch(1), first_batch(1))
+    assert not torch.equal(first_batch(1)[0][0], first_batch(2)[0][0])

@@ -1,0 +1,94 @@
+"""Durations and schedules, against numpy."""
+
+import numpy as np
+import pytest
+
+from vil_lightning.errors import ConfigError
+from vil_lightning.schedules import cosine, linear_then_constant, resolve_steps, warmup_cosine
+
+
+@pytest.mark.parametrize(
+    ("duration", "expected"),
+    [
+        ("500 steps", 500),
+        ("1 step", 1),
+        ("0 steps", 0),
+        ("1 epoch", 40),
+        ("10 epochs", 400),
+        ("2.5 epochs", 100),
+        (".5epochs", 20),
+        ("  3 epochs ", 120),
+        ("5e-1 epochs", 20),
+        ("10%", 80),
+        ("12.5 %", 100),
+        ("100%", 800),
+        (0, 0),
+        (0.0, 0),
+        (0.25, 200),
+        (0.001, 1),
+    ],
+)
+def test_resolve_steps__every_unit(duration: str | float, expected: int) -> None:
+    assert resolve_steps(duration, steps_per_epoch=40, total_steps=800, key="model.lr_warmup") == expected
+
+
+def test_resolve_steps__epochs_of_a_fractional_number_of_steps() -> None:
+    assert resolve_steps("3 epochs", steps_per_epoch=5.5, total_steps=100, key="model.lr_warmup") in (16, 17)
+    assert resolve_steps("4 epochs", steps_per_epoch=5.5, total_steps=100, key="model.lr_warmup") == 22
+
+
+@pytest.mark.parametrize(
+    "duration",
+    [
+        "",
+        "ten epochs",
+        "10",
+        "-1 epochs",
+        "10 days",
+        "epochs",
+        "1 epoch 2 steps",
+        "10 %%",
+        1,
+        10,
+        1.0,
+        -0.1,
+        True,
+        None,
+    ],
+)
+def test_resolve_steps__unreadable(duration: object) -> None:
+    with pytest.raises(ConfigError, match=r"model\.some_key=.*is no duration.*10 epochs"):
+        resolve_steps(duration, steps_per_epoch=40, total_steps=800, key="model.some_key")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("duration", ["801 steps", "21 epochs", "101%"])
+def test_resolve_steps__longer_than_the_run(duration: str) -> None:
+    with pytest.raises(ConfigError, match=r"model\.some_key=.*the run has 800.*trainer\.max_epochs"):
+        resolve_steps(duration, steps_per_epoch=40, total_steps=800, key="model.some_key")
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 2, 10, 50])
+def test_warmup_cosine__pieces(warmup: int) -> None:
+    total, peak, end = 50, 3e-3, 1e-6
+    rest = total - warmup
+    ramp = np.linspace(0, peak, warmup) if warmup > 1 else np.full(warmup, peak)
+    fall = np.array([end + 0.5 * (peak - end) * (1 + np.cos(np.pi * i / rest)) for i in range(rest)])
+    actual = [warmup_cosine(step, total, warmup, peak, end) for step in range(total)]
+    np.testing.assert_allclose(actual, np.concatenate([ramp, fall]), rtol=1e-12, atol=1e-18)
+
+
+def test_cosine__rises_as_well_as_falls() -> None:
+    expected = 0.4 + 0.5 * (0.04 - 0.4) * (1 + np.cos(np.pi * np.arange(30) / 30))
+    np.testing.assert_allclose([cosine(step, 30, 0.04, 0.4) for step in range(30)], expected, rtol=1e-12)
+
+
+def test_cosine__stays_at_the_end_beyond_the_run() -> None:
+    assert cosine(31, 30, 0.04, 0.4) == pytest.approx(0.4)
+    assert cosine(1000, 30, 0.04, 0.4) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 7])
+def test_linear_then_constant__pieces(warmup: int) -> None:
+    expected = np.concatenate([np.linspace(0.04, 0.07, warmup, endpoint=False), np.full(20 - warmup, 0.07)])
+    actual = [linear_then_constant(step, warmup, 0.04, 0.07) for step in range(20)]
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)
