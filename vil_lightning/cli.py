@@ -70,6 +70,8 @@ class VilCLI(LightningCLI):
             )
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(checkpoint_dir)
+        if config.trainer.fast_dev_run:
+            config.checkpoint.save_last = False  # Lightning 2.6 would write (and replace) last.ckpt even then
         if config.get("ckpt_path"):
             config.weights_only = True
         self.to_delete: list[Path] = []

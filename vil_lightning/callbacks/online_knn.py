@@ -42,7 +42,8 @@ class OnlineKNN(L.Callback):
         was_training = module.training
         module.eval()
         features, labels, seen = [], [], 0
-        with trainer.precision_plugin.forward_context():
+        # A loader draws a seed from torch's generator when it starts.
+        with torch.random.fork_rng(devices=[]), trainer.precision_plugin.forward_context():
             for images, batch_labels in loader:
                 images = trainer.datamodule.normalize(images.to(module.device))  # type: ignore[attr-defined]
                 features.append(module(images).float())
