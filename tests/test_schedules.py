@@ -92,3 +92,8 @@ def test_linear_then_constant__pieces(warmup: int) -> None:
     expected = np.concatenate([np.linspace(0.04, 0.07, warmup, endpoint=False), np.full(20 - warmup, 0.07)])
     actual = [linear_then_constant(step, warmup, 0.04, 0.07) for step in range(20)]
     np.testing.assert_allclose(actual, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("text", "steps"), [("0", 0), ("0.1", 10), ("0.25", 25)])
+def test_resolve_steps__numbers_as_text(text: str, steps: int) -> None:
+    assert resolve_steps(text, steps_per_epoch=10, total_steps=100, key="k") == steps

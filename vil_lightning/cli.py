@@ -5,7 +5,6 @@ A run is named after its recipe (or `--run_name`). Logs go to `logs/<run>/`, che
 """
 
 import logging
-import shutil
 import sys
 import warnings
 from collections.abc import Mapping
@@ -70,6 +69,10 @@ class VilCLI(LightningCLI):
             )
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(checkpoint_dir)
+        if config.trainer.enable_progress_bar is False:
+            self.trainer_defaults["callbacks"] = [
+                callback for callback in self.trainer_defaults["callbacks"] if not isinstance(callback, RunProgressBar)
+            ]
         if config.trainer.fast_dev_run:
             config.checkpoint.save_last = False  # Lightning 2.6 would write (and replace) last.ckpt even then
         if config.get("ckpt_path"):
@@ -81,11 +84,8 @@ class VilCLI(LightningCLI):
             )
 
     def before_fit(self) -> None:
-        for path in self.to_delete:  # only now: everything has been built without an error
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        if self.to_delete:
+            self.trainer.callbacks.append(_DeleteAtStart(self.to_delete))  # type: ignore[attr-defined]
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunSummary):
                 callback.hyper_parameters = flatten(self.config["fit"], keys=("model", "data", "seed_everything"))
@@ -122,7 +122,18 @@ def claim_run(checkpoint_dir: Path, log_dir: Path, ckpt_path: str | None, overwr
             f"  --run_name NAME   keep it, and start a new one next to it\n"
             f"  --overwrite true   delete it (checkpoints and logs) and start again"
         )
-    return [*existing, log_dir] if overwrite else []
+    return [*existing, *log_dir.rglob("events.out.tfevents.*"), *log_dir.glob("results.json")] if overwrite else []
+
+
+class _DeleteAtStart(L.Callback):
+    """Deletes an overwritten run's files when training starts, after everything that could still refuse the new one."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for path in self.paths:
+            path.unlink(missing_ok=True)
 
 
 def check_resumable(path: str) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from contextlib import suppress
 
 from vil_lightning.errors import ConfigError
 
@@ -23,6 +24,9 @@ def resolve_steps(duration: Duration, *, steps_per_epoch: float, total_steps: in
     Raises:
         ConfigError: If the duration cannot be read, or is longer than the run.
     """
+    if isinstance(duration, str):
+        with suppress(ValueError):
+            duration = float(duration)  # how the command line hands over 0 or 0.1
     match = _DURATION.fullmatch(str(duration)) if isinstance(duration, str) else None
     if match:
         number, unit = float(match[1]), match[2]

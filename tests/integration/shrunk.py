@@ -17,7 +17,7 @@ SHRINK = [
     *("--trainer.accelerator", "cpu", "--trainer.devices", "1"),
     *("--model.backbone.kwargs", "{img_size: 16, patch_size: 8, embed_dim: 32, depth: 2}"),
     *("--model.num_prototypes", "32", "--model.head_hidden_dim", "32", "--model.head_bottleneck_dim", "16"),
-    *("--data.train_transform.num_local_views", "1", "--data.batch_size", "16"),
+    *("--data.train_transform.num_local_views", "1", "--data.batch_size", "16", "--model.base_lr", "0.002"),
 ]
 PRETRAIN = ["fit", "--config", str(CONFIGS / "pretrain_dino.yaml"), *SHRINK]
 PROBE = [

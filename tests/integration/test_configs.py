@@ -104,8 +104,10 @@ def test_pretraining__values_reach_the_objects() -> None:
     cli = build("--config", str(path))
     assert isinstance(cli.model, DINO)
     assert isinstance(cli.datamodule, Digits)
-    for key in ("num_prototypes", "base_lr", "lr_warmup", "teacher_momentum", "final_weight_decay"):
-        assert getattr(cli.model, key) == recipe["model"]["init_args"][key]
+    for key, value in recipe["model"]["init_args"].items():
+        if key not in ("backbone", "head_hidden_dim", "head_bottleneck_dim"):  # not kept under these names
+            assert getattr(cli.model, key) == value, key
+    assert cli.model.student["head"].last_layer.in_features == recipe["model"]["init_args"]["head_bottleneck_dim"]
     assert cli.model.student["backbone"].num_features > 0
     assert cli.model.backbone_config.kwargs == recipe["model"]["init_args"]["backbone"]["kwargs"]
     for key, value in recipe["data"]["init_args"]["train_transform"]["init_args"].items():
@@ -125,7 +127,9 @@ def test_pretraining__logs_checkpoints_and_callbacks() -> None:
     kinds = [type(callback) for callback in cli.trainer.callbacks]
     for kind in (OnlineKNN, ViewPictures, RunProgressBar, RunSummary, Throughput):
         assert kinds.count(kind) == 1, kind
-    assert next(c for c in cli.trainer.callbacks if isinstance(c, OnlineKNN)).every_n_epochs == 5
+    recipe = yaml.safe_load((CONFIGS / "pretrain_dino.yaml").read_text())
+    every = recipe["trainer"]["callbacks"][0]["init_args"]["every_n_epochs"]
+    assert next(c for c in cli.trainer.callbacks if isinstance(c, OnlineKNN)).every_n_epochs == every
 
 
 def test_pretraining__optimizer_is_the_methods_own() -> None:
@@ -175,8 +179,10 @@ def test_command_line__a_second_recipe_overrides_the_first(tmp_path: Path) -> No
     assert cli.trainer.max_epochs == 7
     assert cli.model.teacher_momentum == 0.5
     assert cli.datamodule.train_transform.num_local_views == 1
-    assert cli.model.num_prototypes == 1024  # of the first
-    assert cli.datamodule.train_transform.rotation == 15.0
+    first = yaml.safe_load((CONFIGS / "pretrain_dino.yaml").read_text())
+    assert cli.model.num_prototypes == first["model"]["init_args"]["num_prototypes"]
+    views = first["data"]["init_args"]["train_transform"]["init_args"]
+    assert cli.datamodule.train_transform.rotation == views["rotation"]
     assert cli.run_name == "pretrain_dino"
 
 

@@ -52,7 +52,8 @@ def test_pretraining__checkpoint_records_step_and_backbone(pretrained: SimpleNam
 def test_pretraining__saved_config_holds_recipe_and_overrides(pretrained: SimpleNamespace) -> None:
     config = yaml.safe_load((pretrained.folder / "logs/pretrain_dino/config.yaml").read_text())
     assert config["model"]["init_args"]["num_prototypes"] == 32
-    assert config["model"]["init_args"]["teacher_momentum"] == 0.99
+    recipe = yaml.safe_load((CONFIGS / "pretrain_dino.yaml").read_text())["model"]["init_args"]
+    assert config["model"]["init_args"]["final_weight_decay"] == recipe["final_weight_decay"]
     assert config["trainer"]["limit_train_batches"] == 3
 
 
@@ -103,8 +104,8 @@ def test_again__is_refused_and_names_the_ways_out(with_run: Path, command: Comma
 
 
 def test_overwrite__starts_anew(with_run: Path, command: Command) -> None:
-    (with_run / "logs/pretrain_dino/old.txt").write_text("of the earlier run")
-    names = files(with_run) - {"logs/pretrain_dino/old.txt"}
+    (with_run / "logs/pretrain_dino/notes.txt").write_text("no run wrote this, so none deletes it")
+    names = files(with_run)
     before = digest(with_run / LAST)
     result = command(*PRETRAIN, "--overwrite", "true", "--trainer.limit_train_batches", "2")
     assert result.code == 0, result.err
@@ -114,9 +115,38 @@ def test_overwrite__starts_anew(with_run: Path, command: Command) -> None:
     assert len(list((with_run / "logs/pretrain_dino").glob("events*"))) == 1
 
 
+def test_overwrite__keeps_the_old_run_if_the_new_one_cannot_start(with_run: Path, command: Command) -> None:
+    before = {path: digest(path) for path in with_run.rglob("*") if path.suffix == ".ckpt"}
+    late = ["--data.train_transform.local_size", "7"]  # found when the backbone is tried, after everything is built
+    result = command(*PRETRAIN, "--overwrite", "true", *late)
+    assert result.code == 2
+    assert "local_size" in result.err
+    assert {path: digest(path) for path in before} == before
+
+
+def test_resume__with_another_backbone_is_refused(with_run: Path, command: Command) -> None:
+    result = command(*PRETRAIN, "--ckpt_path", LAST, "--model.backbone.kwargs.embed_dim", "64")
+    assert result.code == 2
+    assert "model.backbone.weights" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_resume__with_another_head_is_refused(with_run: Path, command: Command) -> None:
+    result = command(*PRETRAIN, "--ckpt_path", LAST, "--model.num_prototypes", "17")
+    assert result.code == 2
+    assert "model.num_prototypes" in result.err
+
+
 def test_overwrite__may_start_from_the_weights_it_replaces(with_run: Path, command: Command) -> None:
     result = command(*PRETRAIN, "--overwrite", "true", "--model.backbone.weights", LAST)
     assert result.code == 0, result.err
+
+
+def test_fast_dev_run__leaves_an_earlier_run_alone(with_run: Path, command: Command) -> None:
+    before = {path: digest(path) for path in with_run.rglob("*") if path.is_file()}
+    durations = ["--model.lr_warmup", "0 steps", "--model.freeze_last_layer", "0 steps"]
+    assert command(*PRETRAIN, *durations, "--trainer.fast_dev_run", "true").code == 0
+    assert {path: digest(path) for path in with_run.rglob("*") if path.is_file()} == before
 
 
 def test_run_name__makes_a_second_run(with_run: Path, command: Command) -> None:

@@ -165,12 +165,16 @@ def read_file(path: str | PathLike[str]) -> dict[str, Any]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Weights only load failed" in str(error) and "GLOBAL" in str(error):
+        # torch's own text is long, coloured, and recommends weights_only=False: only the object's name is of use here.
+        forbidden = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if forbidden:
             raise WeightsError(
-                f"{path} holds pickled Python objects besides tensors and is not loaded, because unpickling can run "
-                f"any code. Save it as a plain state dict or .safetensors. ({_first_line(error)})"
+                f"{path} holds pickled Python objects besides tensors ({forbidden[1]}) and is not loaded, because "
+                "unpickling can run any code. Save it as a plain state dict or .safetensors."
             ) from error
-        raise WeightsError(f"{path} is damaged, or not a checkpoint: {_first_line(error)}.") from error
+        raise WeightsError(
+            f"{path} is damaged (truncated?), or not a checkpoint. Copy or download it again."
+        ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
         raise WeightsError(
             f"{path} is damaged (truncated?), or not a checkpoint: {_first_line(error)}. Copy or download it again."

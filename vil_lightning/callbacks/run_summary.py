@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.panel import Panel
 
@@ -60,6 +61,13 @@ class RunSummary(L.Callback):
                 logger.log_hyperparams(self.hyper_parameters, {f"final/{k}": v for k, v in metrics.items()})
         if not trainer.is_global_zero:
             return
+        for callback in trainer.checkpoint_callbacks:
+            monitor = getattr(callback, "monitor", None)
+            if monitor is not None and monitor not in trainer.callback_metrics and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                rank_zero_warn(
+                    f"checkpoint.monitor={monitor!r} was never logged, so there is no best.ckpt of this run. "
+                    f"Logged were: {', '.join(sorted(trainer.callback_metrics))}."
+                )
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         self.console.print(f"Finished at step {trainer.global_step}. {shown}")
         directory = self._checkpoint_dir(trainer)

@@ -50,6 +50,20 @@ def resolve_backbone(config: BackboneConfig) -> BackboneConfig:
     return dataclasses.replace(config, name=recorded["name"], kwargs={**recorded["kwargs"], **config.kwargs})
 
 
+def check_resumed_backbone(checkpoint: dict[str, Any], config: BackboneConfig) -> None:
+    """Refuse to resume a run with another backbone than it was started with.
+
+    Raises:
+        ConfigError: Naming both. Weights of another run belong to `model.backbone.weights`.
+    """
+    recorded, own = checkpoint.get(CHECKPOINT_KEY), {"name": config.name, "kwargs": config.kwargs}
+    if recorded != own:
+        raise ConfigError(
+            f"ckpt_path: the checkpoint's backbone is {recorded}, but model.backbone is {own}. Resume with the recipe of that "
+            "run; to start a new one from its weights, use --model.backbone.weights instead of --ckpt_path."
+        )
+
+
 def build_backbone(config: BackboneConfig, **overrides: Any) -> nn.Module:
     """The model without classifier, returning its pooled vector.
 

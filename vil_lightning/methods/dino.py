@@ -27,6 +27,7 @@ from vil_lightning.methods.backbone import (
     BackboneConfig,
     build_backbone,
     check_input_size,
+    check_resumed_backbone,
     feature_dim,
     resolve_backbone,
 )
@@ -298,11 +299,25 @@ class DINO(L.LightningModule):
 
     def next_command(self, checkpoint: str) -> str:
         """What to run when this run has ended."""
-        return f"python main.py fit --config configs/linear_probe.yaml --model.backbone.weights {checkpoint}"
+        command = f"python main.py fit --config configs/linear_probe.yaml --model.backbone.weights {checkpoint}"
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if hasattr(data, "root"):  # not the data set of that recipe
+            command += f" --data {type(data).__name__} --data.root {data.root} --data.img_size {data.img_size}"
+        return command
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._raise_if_not_finite()  # never overwrite a good checkpoint with a broken one
         checkpoint[CHECKPOINT_KEY] = {"name": self.backbone_config.name, "kwargs": self.backbone_config.kwargs}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_resumed_backbone(checkpoint, self.backbone_config)
+        shapes = {name: tuple(value.shape) for name, value in self.state_dict().items()}
+        for name, value in checkpoint["state_dict"].items():
+            if name in shapes and tuple(value.shape) != shapes[name]:
+                raise ConfigError(
+                    f"ckpt_path: {name} is {tuple(value.shape)} in the checkpoint, but {shapes[name]} here. Resume with the "
+                    "model.num_prototypes and head sizes of that run."
+                )
 
     def _raise_if_not_finite(self) -> None:
         # The loss of the step before: by now it is computed, and reading it does not stall the device.
