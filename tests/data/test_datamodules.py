@@ -229,3 +229,17 @@ def test_train_dataloader__batch_of_the_whole_data_set(root: Path) -> None:
 def test_arguments__not_positive(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"data\.{name}=0 must be at least 1"):
         Digits(**{name: 0})
+
+
+def test_eval_train_dataloader__takes_a_fixed_random_subset() -> None:
+    data = Digits(seed=3)
+    data.setup()
+
+    def labels() -> torch.Tensor:
+        return torch.cat([batch[1] for batch in data.eval_train_dataloader(max_images=200)])
+
+    everything = torch.cat([batch[1] for batch in data.eval_train_dataloader()])
+    assert len(labels()) == 200
+    assert torch.equal(labels(), labels())
+    assert not torch.equal(labels(), everything[:200])  # not simply the first ones
+    assert set(labels().tolist()) == set(range(10))

@@ -15,7 +15,7 @@ class OnlineKNN(L.Callback):
     Args:
         every_n_epochs: How often; the last epoch always counts.
         k: Neighbours.
-        max_bank_size: Use at most this many training images (the first ones, evenly over processes).
+        max_bank_size: Use at most this many training images, a fixed random subset.
     """
 
     def __init__(self, every_n_epochs: int = 1, k: int = 20, max_bank_size: int = 50_000) -> None:
@@ -28,29 +28,24 @@ class OnlineKNN(L.Callback):
         if epoch % self.every_n_epochs and epoch != trainer.max_epochs:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
-        bank, bank_labels = self._features(trainer, pl_module, data.eval_train_dataloader(), self.max_bank_size)
-        queries, query_labels = self._features(trainer, pl_module, data.val_dataloader(), None)
+        bank, bank_labels = self._features(trainer, pl_module, data.eval_train_dataloader(self.max_bank_size))
+        queries, query_labels = self._features(trainer, pl_module, data.val_dataloader())
         accuracy = knn_accuracy(bank, bank_labels, queries, query_labels, ks=(self.k,))[self.k]
         # Every process has gathered the same features, so this needs no reduction.
         pl_module.log("val/knn_acc1", accuracy, prog_bar=True, rank_zero_only=False, sync_dist=False)
 
     @torch.no_grad()
-    def _features(
-        self, trainer: L.Trainer, module: L.LightningModule, loader: Any, limit: int | None
-    ) -> tuple[Tensor, Tensor]:
+    def _features(self, trainer: L.Trainer, module: L.LightningModule, loader: Any) -> tuple[Tensor, Tensor]:
         """Features (N, D) and labels (N,) of all processes."""
         was_training = module.training
         module.eval()
-        features, labels, seen = [], [], 0
+        features, labels = [], []
         # A loader draws a seed from torch's generator when it starts.
         with torch.random.fork_rng(devices=[]), trainer.precision_plugin.forward_context():
             for images, batch_labels in loader:
                 images = trainer.datamodule.normalize(images.to(module.device))  # type: ignore[attr-defined]
                 features.append(module(images).float())
                 labels.append(batch_labels.to(module.device))
-                seen += len(batch_labels) * trainer.world_size
-                if limit is not None and seen >= limit:
-                    break
         module.train(was_training)
         gathered, gathered_labels = torch.cat(features), torch.cat(labels)
         if trainer.world_size > 1:

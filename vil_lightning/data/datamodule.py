@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vil_lightning.data.loading import EpochSampler, ImageSource, ResumableLoader, TransformedDataset
+from vil_lightning.data.loading import EpochSampler, ImageSource, ResumableLoader, SubsetSource, TransformedDataset
 from vil_lightning.data.transforms import EvalTransform, MultiCrop
 from vil_lightning.errors import ConfigError
 
@@ -112,9 +112,18 @@ class ImageDataModule(L.LightningDataModule):
             return self._served["val"]
         return self._loader(self.val_source, EvalTransform(self.img_size), self.eval_batch_size, shuffle=False)
 
-    def eval_train_dataloader(self) -> DataLoader[Any]:
-        """The training images in fixed order, under the evaluation transform: a bank for kNN and probes."""
-        return self._loader(self.train_source, EvalTransform(self.img_size), self.eval_batch_size, shuffle=False)
+    def eval_train_dataloader(self, max_images: int | None = None) -> DataLoader[Any]:
+        """The training images in fixed order, under the evaluation transform: a bank for kNN and probes.
+
+        Args:
+            max_images: Take a random subset of this size, the same at every call. (Folders are sorted by class, so the
+                first images would be those of a few classes.)
+        """
+        source = self.train_source
+        if max_images is not None and max_images < len(source):
+            order = torch.randperm(len(source), generator=torch.Generator().manual_seed(self.seed))
+            source = SubsetSource(source, order[:max_images].tolist())
+        return self._loader(source, EvalTransform(self.img_size), self.eval_batch_size, shuffle=False)
 
     def serve(self, train: DataLoader[Any], val: DataLoader[Any]) -> None:
         """Hand out these loaders instead of images from now on, e.g. features that were extracted once."""

@@ -25,6 +25,20 @@ class ImageSource(Protocol):
         ...
 
 
+class SubsetSource:
+    """Some images of another source."""
+
+    def __init__(self, source: ImageSource, indices: list[int]) -> None:
+        self.source = source
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.source[self.indices[index]]
+
+
 @contextmanager
 def seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
     """Run torch's CPU generator from a seed made of the three numbers; restore it afterwards."""
