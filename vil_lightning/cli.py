@@ -13,8 +13,9 @@ from typing import Any
 
 import lightning as L
 from jsonargparse import Namespace
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -22,10 +23,30 @@ import vil_lightning.data
 import vil_lightning.methods  # noqa: F401 - makes the short class names known
 from vil_lightning.backbones.weights import WeightsError, read_file
 from vil_lightning.callbacks import RunProgressBar, RunSummary, Throughput
+from vil_lightning.checkpoint_io import AtomicCheckpointIO
 from vil_lightning.errors import ConfigError
 
 LOG_ROOT = Path("logs")
 CHECKPOINT_ROOT = Path("checkpoints")
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Saves a run's settings so that they can be run again under another name.
+
+    Without the folders that were made from its name, and without the permission to delete an earlier run.
+    """
+
+    def __init__(self, parser: Any, config: Namespace, *args: Any, **kwargs: Any) -> None:
+        config = config.clone()
+        if config.get("overwrite") is not None:
+            config.overwrite = False
+        if config.checkpoint.dirpath is not None and Path(config.checkpoint.dirpath).parent == CHECKPOINT_ROOT:
+            config.run_name = Path(config.checkpoint.dirpath).name
+            config.checkpoint.dirpath = None
+        logger = config.trainer.logger
+        if isinstance(logger, Namespace) and logger.get("init_args", {}).get("save_dir") == str(LOG_ROOT):
+            config.trainer.logger = True
+        super().__init__(parser, config, *args, **kwargs)
 
 
 class VilCLI(LightningCLI):
@@ -78,12 +99,15 @@ class VilCLI(LightningCLI):
         if config.get("ckpt_path"):
             config.weights_only = True
         self.to_delete: list[Path] = []
-        if self.subcommand == "fit" and not config.trainer.fast_dev_run and getattr(rank_zero_only, "rank", 0) == 0:
-            self.to_delete = claim_run(
-                Path(config.checkpoint.dirpath), log_dir, config.get("ckpt_path"), config.overwrite
-            )
+        if self.subcommand == "fit" and not config.trainer.fast_dev_run:
+            # Every process refuses, so that none waits for the others; one deletes.
+            paths = claim_run(Path(config.checkpoint.dirpath), log_dir, config.get("ckpt_path"), config.overwrite)
+            self.to_delete = paths if getattr(rank_zero_only, "rank", 0) == 0 else []
 
     def before_fit(self) -> None:
+        strategy = self.trainer.strategy
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = AtomicCheckpointIO()
         if self.to_delete:
             self.trainer.callbacks.append(_DeleteAtStart(self.to_delete))  # type: ignore[attr-defined]
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
@@ -180,6 +204,7 @@ def build_cli(args: list[str] | None = None, run: bool = True) -> VilCLI:
         subclass_mode_data=True,
         seed_everything_default=0,
         auto_configure_optimizers=False,  # every method brings its own parameter groups
+        save_config_callback=SaveRunConfig,
         save_config_kwargs={"overwrite": True},
         trainer_defaults={
             "callbacks": [RunProgressBar(), Throughput(), RunSummary()],
@@ -197,6 +222,7 @@ def silence_known_messages() -> None:
         r".*isinstance\(treespec, LeafSpec\)",  # inside lightning
         r"Found \d+ module\(s\) in eval mode",  # teachers and frozen backbones
         r"You passed in a `val_dataloader` but have no `validation_step`",  # the kNN callback reads it
+        r".*configure_optimizers` returned `None`",  # the probe's classifiers do not exist yet
         r".*does not have many workers",  # the built-in data set is in memory
         r".*could not find the monitored key",  # kNN runs every few epochs
     ):

@@ -57,6 +57,16 @@ def test_pretraining__saved_config_holds_recipe_and_overrides(pretrained: Simple
     assert config["trainer"]["limit_train_batches"] == 3
 
 
+def test_pretraining__saved_config_can_be_run_under_another_name(with_run: Path, command: Command) -> None:
+    before = digest(with_run / LAST)
+    result = command("fit", "--config", "logs/pretrain_dino/config.yaml", "--run_name", "again")
+    assert result.code == 0, result.err
+    assert (with_run / "checkpoints/again/last.ckpt").is_file()
+    assert (with_run / "logs/again/config.yaml").is_file()
+    assert digest(with_run / LAST) == before
+    assert command("fit", "--config", "logs/pretrain_dino/config.yaml").code == 2  # the same run again
+
+
 def test_pretraining__prints_start_block_and_next_command(pretrained: SimpleNamespace) -> None:
     block = pretrained.out[: pretrained.out.index("Finished")]
     for part in (

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vil_lightning.errors import ConfigError
 from vil_lightning.knn import knn_accuracy
 from vil_lightning.methods import BackboneConfig, LinearProbe
-from vil_lightning.methods.linear_probe import READOUTS, choose_shots, extract_features, weights_hash
+from vil_lightning.methods.linear_probe import READOUTS, extract_features, split_for_selection, weights_hash
 
 
 class MoreDigits(FewDigits):
@@ -117,6 +117,7 @@ def test_on_train_end__winner_is_chosen_by_held_out_scores(tmp_path: Path, monke
     model = probe(poolings=["avg", "first"])
     held = {("avg", "lr0"): 60.0, ("avg", "lr1"): 80.0, ("first", "lr0"): 70.0, ("first", "lr1"): 50.0}
     val = {("avg", "lr0"): 90.0, ("avg", "lr1"): 20.0, ("first", "lr0"): 30.0, ("first", "lr1"): 99.0}
+    held, val = ({key: (accuracy, -1.0) for key, accuracy in scores.items()} for scores in (held, val))
     monkeypatch.setattr(model, "_scores", lambda features, labels: held if len(labels) == 10 else val)
     fit_probe(tmp_path, model, max_epochs=1)
     linear = model.results["linear"]
@@ -125,10 +126,21 @@ def test_on_train_end__winner_is_chosen_by_held_out_scores(tmp_path: Path, monke
     assert linear["by_pooling"]["first"] == {"base_lr": 0.01, "held_out_acc1": 70.0, "val_acc1": 30.0}
 
 
+def test_on_train_end__equal_accuracies_are_decided_by_the_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = probe(poolings=["avg", "first"])
+    loss = {("avg", "lr0"): 0.9, ("avg", "lr1"): 0.7, ("first", "lr0"): 0.8, ("first", "lr1"): 0.6}
+    monkeypatch.setattr(model, "_scores", lambda features, labels: {key: (80.0, -value) for key, value in loss.items()})
+    fit_probe(tmp_path, model, max_epochs=1)
+    assert (model.results["linear"]["winner"], model.results["linear"]["base_lr"]) == ("first", 1.0)
+
+
 def test_fit__num_shots(tmp_path: Path) -> None:
     model = probe(num_shots=4)
     fit_probe(tmp_path, model)
-    assert model.results["protocol"]["num_train"] + model.num_held_out == 4 * 10
+    assert model.results["protocol"]["num_train"] == 4 * 10
+    assert model.num_held_out == 10  # of the images that are not shots
     assert model.results["protocol"]["num_shots"] == 4
 
 
@@ -230,21 +242,30 @@ def test_weights_hash__every_value_counts() -> None:
 # --- few shots --------------------------------------------------------------------------------------------------------
 
 
-def test_choose_shots__as_many_of_every_class() -> None:
+def test_split_for_selection__as_many_of_every_class() -> None:
     labels = torch.tensor([0, 1, 1, 2, 2, 2, 0, 0, 1, 2])
-    chosen = choose_shots(labels, 2, torch.Generator().manual_seed(0))
-    assert labels[chosen].bincount().tolist() == [2, 2, 2]
-    assert len(set(chosen.tolist())) == 6
-    again = choose_shots(labels, 2, torch.Generator().manual_seed(0))
-    assert torch.equal(chosen, again)
-    assert any(
-        set(choose_shots(labels, 2, torch.Generator().manual_seed(seed)).tolist()) != set(chosen.tolist())
-        for seed in range(1, 5)
-    )
+
+    def split(seed: int) -> tuple[list[int], list[int]]:
+        shots, held = split_for_selection(labels, 2, 0.2, torch.Generator().manual_seed(seed))
+        return shots.tolist(), held.tolist()
+
+    shots, held = split(0)
+    assert labels[shots].bincount().tolist() == [2, 2, 2]
+    assert len(held) == 2
+    assert not set(shots) & set(held)
+    assert split(0) == (shots, held)
+    assert any(set(split(seed)[0]) != set(shots) for seed in range(1, 5))
 
 
-def test_choose_shots__all_if_none() -> None:
-    assert choose_shots(torch.tensor([3, 1, 3]), None, torch.Generator()).tolist() == [0, 1, 2]
+def test_split_for_selection__everything_without_shots() -> None:
+    kept, held = split_for_selection(torch.tensor([3, 1, 3, 1, 1]), None, 0.4, torch.Generator().manual_seed(0))
+    assert len(held) == 2
+    assert sorted([*kept.tolist(), *held.tolist()]) == [0, 1, 2, 3, 4]
+
+
+def test_split_for_selection__no_image_left_to_choose_on() -> None:
+    with pytest.raises(ConfigError, match="leaves no training image"):
+        split_for_selection(torch.tensor([0, 0, 1, 1]), 2, 0.1, torch.Generator())
 
 
 def test_errors__too_few_images_for_the_shots(tmp_path: Path) -> None:

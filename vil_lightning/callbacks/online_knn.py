@@ -25,7 +25,8 @@ class OnlineKNN(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         epoch = trainer.current_epoch + 1
-        if epoch % self.every_n_epochs and epoch != trainer.max_epochs:
+        last = epoch == trainer.max_epochs or trainer.global_step >= trainer.estimated_stepping_batches
+        if epoch % self.every_n_epochs and not last:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         bank, bank_labels = self._features(trainer, pl_module, data.eval_train_dataloader(self.max_bank_size))
@@ -49,6 +50,8 @@ class OnlineKNN(L.Callback):
         module.train(was_training)
         gathered, gathered_labels = torch.cat(features), torch.cat(labels)
         if trainer.world_size > 1:
-            gathered = module.all_gather(gathered).flatten(0, 1)  # type: ignore[union-attr]
-            gathered_labels = module.all_gather(gathered_labels).flatten()  # type: ignore[union-attr]
+            # The sampler deals images out in turn and repeats the first ones to even the end out: undo both.
+            total = len(loader.dataset)
+            gathered = module.all_gather(gathered).transpose(0, 1).flatten(0, 1)[:total]  # type: ignore[union-attr]
+            gathered_labels = module.all_gather(gathered_labels).transpose(0, 1).flatten()[:total]  # type: ignore[union-attr]
         return gathered, gathered_labels

@@ -14,7 +14,8 @@ from rich.panel import Panel
 class RunSummary(L.Callback):
     """Prints what is about to run, and at the end what to run next.
 
-    A module may add lines with `run_info() -> dict[str, str]` and a command with `next_command(checkpoint) -> str`.
+    A module may add lines with `run_info() -> dict[str, str]`, a command with `next_command(checkpoint) -> str`, and results
+    that are known only at the end with `final_metrics: dict[str, float]`.
 
     Args:
         hyper_parameters: Flat settings for TensorBoard's HPARAMS page.
@@ -56,6 +57,7 @@ class RunSummary(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("val/", "train/loss"))}
+        metrics.update(getattr(pl_module, "final_metrics", {}))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and self.hyper_parameters:
                 logger.log_hyperparams(self.hyper_parameters, {f"final/{k}": v for k, v in metrics.items()})

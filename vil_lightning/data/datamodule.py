@@ -102,7 +102,12 @@ class ImageDataModule(L.LightningDataModule):
     # `estimated_stepping_batches`, which schedules need, builds it before. A data module's state comes in time.
 
     def state_dict(self) -> dict[str, Any]:
-        return {"train_loader": self._train_loader.state_dict()} if self._train_loader is not None else {}
+        if self._train_loader is None:
+            return {}
+        # An epoch may end before its loader does (trainer.limit_train_batches): the next one starts at the first batch.
+        if self.trainer is not None and self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return {"train_loader": {"batches_done": 0}}
+        return {"train_loader": self._train_loader.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resume_from = state_dict.get("train_loader")

@@ -35,6 +35,10 @@ class BackboneConfig:
 def resolve_backbone(config: BackboneConfig) -> BackboneConfig:
     """Fill in the name and kwargs that a checkpoint of this project records; `config.kwargs` override them."""
     if config.name is not None:
+        recorded = _read(config.weights).get(CHECKPOINT_KEY) if config.weights is not None else None
+        if isinstance(recorded, dict) and recorded.get("name") == config.name:
+            # Some arguments (stride, block_design) change what a network computes but no shape: never drop them.
+            return dataclasses.replace(config, kwargs={**recorded["kwargs"], **config.kwargs})
         return config
     if config.weights is None:
         raise ConfigError(
@@ -64,12 +68,11 @@ def check_resumed_backbone(checkpoint: dict[str, Any], config: BackboneConfig) -
         )
 
 
-def build_backbone(config: BackboneConfig, **overrides: Any) -> nn.Module:
+def build_backbone(config: BackboneConfig) -> nn.Module:
     """The model without classifier, returning its pooled vector.
 
     Args:
         config: After `resolve_backbone`.
-        overrides: Arguments that win over `config.kwargs`, if the model takes them.
 
     Raises:
         ConfigError: For an unknown name, arguments the model refuses, or weights that do not fit.
@@ -82,7 +85,7 @@ def build_backbone(config: BackboneConfig, **overrides: Any) -> nn.Module:
             f"model.backbone.name={name!r} is not a known model. Did you mean {', '.join(close)}? "
             "timm.list_models() names all of them; ViL models start with 'vil'."
         )
-    kwargs = {**config.kwargs, **overrides}
+    kwargs = config.kwargs
     try:
         model = timm.create_model(name, num_classes=0, **kwargs)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
@@ -118,8 +121,10 @@ def feature_dim(backbone: nn.Module) -> int:
 
 def patch_tokens(backbone: nn.Module, features: Tensor) -> Tensor:
     """Output of `forward_features` as patch tokens (B, S, D), without class tokens; feature maps are flattened."""
-    if features.ndim == 4:  # (B, D, h, w) of a convolutional network
-        return features.flatten(2).transpose(1, 2)
+    if features.ndim == 4:
+        if getattr(backbone, "output_fmt", "NCHW") == "NHWC":  # e.g. Swin
+            return features.flatten(1, 2)
+        return features.flatten(2).transpose(1, 2)  # (B, D, h, w) of a convolutional network
     return features[:, int(getattr(backbone, "num_prefix_tokens", 0)) :]
 
 

@@ -11,6 +11,7 @@ Letters: `B` images per device, `V` views, `K` prototypes.
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -162,7 +163,8 @@ class DINO(L.LightningModule):
             student_views = list(student_logits.float().chunk(len(views)))
             center = self.loss.center.clone()  # the loss moves it
             loss = self.loss(teacher_views, student_views, teacher_temp=teacher_temp)
-        self._loss_to_check = loss.detach()
+        # Of all ranks: their gradients are averaged, so one broken loss breaks every rank, and all have to stop together.
+        self._loss_to_check = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
         self.log("train/loss", loss, prog_bar=True)
         if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log_health(loss.detach(), teacher_views, center, teacher_temp, features.detach())
@@ -197,6 +199,9 @@ class DINO(L.LightningModule):
                 group["weight_decay"] = weight_decay
         momentum = self.scheduled("teacher_momentum")
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is None and self._loss_to_check is not None:  # with one, steps with infinite gradients are skipped
+            self._loss_to_check = self._loss_to_check + 0 * self._grad_norm.to(self._loss_to_check)
         # Here, not at the end of the batch: a checkpoint written there must hold this step's teacher.
         update_momentum(self.student, self.teacher, momentum)
         for teacher_buffer, student_buffer in zip(self.teacher.buffers(), self.student.buffers(), strict=True):
@@ -220,7 +225,8 @@ class DINO(L.LightningModule):
         total_steps = int(total)
         if self.trainer.train_dataloader is None:  # with max_steps alone, nothing has asked for it yet
             self.trainer.fit_loop.setup_data()
-        steps_per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        # As Lightning counts: what is left at the end of an epoch makes a step of its own.
+        steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         durations: dict[str, Duration] = {
             "lr_warmup": self.lr_warmup,
             "teacher_temp_warmup": self.teacher_temp_warmup,
@@ -238,7 +244,9 @@ class DINO(L.LightningModule):
         self.global_batch_size = per_device * self.trainer.world_size * self.trainer.accumulate_grad_batches
         self.lr = scale_lr(self.base_lr, self.global_batch_size)
         groups = weight_decay_groups(self.student, self.weight_decay)
-        return torch.optim.AdamW(groups, lr=self.lr, fused=self.device.type == "cuda" or None)
+        # With a gradient scaler (16-mixed) fused AdamW would unscale inside step(), after the gradients were clipped.
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        return torch.optim.AdamW(groups, lr=self.lr, fused=True if self.device.type == "cuda" and not scaled else None)
 
     def scheduled(self, name: str) -> float:
         """Value of a schedule at the current optimiser step."""
@@ -303,6 +311,8 @@ class DINO(L.LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if hasattr(data, "root"):  # not the data set of that recipe
             command += f" --data {type(data).__name__} --data.root {data.root} --data.img_size {data.img_size}"
+            command += f" --data.mean '{list(data.mean)}' --data.std '{list(data.std)}'"
+            command += f" --run_name {Path(checkpoint).parent.name}_probe"
         return command
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -324,7 +334,7 @@ class DINO(L.LightningModule):
         loss, self._loss_to_check = self._loss_to_check, None
         if loss is not None and not torch.isfinite(loss):
             raise RuntimeError(
-                f"train/loss is {loss.item()} at step {self.trainer.global_step} "
+                f"train/loss or the gradient is {loss.item()} at step {self.trainer.global_step} "
                 f"(lr={self.scheduled('lr'):.3g}, precision={self.trainer.precision}). The run has diverged. Resume from the "
                 "last checkpoint with a lower model.base_lr, a longer model.lr_warmup, a smaller model.clip_grad, or "
                 "trainer.precision=bf16-mixed instead of 16-mixed."

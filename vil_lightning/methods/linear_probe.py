@@ -54,7 +54,8 @@ class LinearProbe(L.LightningModule):
         base_lrs: Learning rates to try, per 256 images.
         weight_decay: Of all classifiers.
         held_out: Share of the training set on which the winner is chosen.
-        num_shots: Train on this many images per class only (drawn by `trainer`'s seed); None uses all.
+        num_shots: Train on this many images per class only (drawn by the run's seed), and choose
+            the winner on others; None uses all.
         knn_ks: Neighbourhood sizes for kNN.
         knn_pooling: Read-out used for kNN.
 
@@ -91,7 +92,6 @@ class LinearProbe(L.LightningModule):
         self.num_shots = num_shots
         self.knn_ks = list(knn_ks)
         self.knn_pooling = knn_pooling
-        # The training rates of the run that made the weights have no place in a frozen network.
         self.backbone = build_backbone(self.backbone_config)
         self.backbone.requires_grad_(False)
         self.backbone.eval()
@@ -125,23 +125,20 @@ class LinearProbe(L.LightningModule):
         assert weights_hash(self.backbone) == before, "feature extraction changed the frozen backbone"
 
         generator = torch.Generator().manual_seed(data.seed)
-        chosen = choose_shots(train_labels, self.num_shots, generator)
-        train = {name: features[chosen] for name, features in train.items()}
-        train_labels = train_labels[chosen]
+        kept, held = split_for_selection(train_labels, self.num_shots, self.held_out, generator)
+        # kNN has nothing to choose, so without a limit on the labels it may use the held-out images, too.
+        bank = kept if self.num_shots is not None else torch.cat([kept, held])
         self.knn = knn_accuracy(
-            train[self.knn_pooling], train_labels, val[self.knn_pooling], val_labels, ks=self.knn_ks
+            train[self.knn_pooling][bank], train_labels[bank], val[self.knn_pooling], val_labels, ks=self.knn_ks
         )
         train = {name: train[name] for name in self.poolings}
         val = {name: val[name] for name in self.poolings}
-        statistics = {name: (x.mean(0), x.std(0).clamp(min=1e-6)) for name, x in train.items()}
+        statistics = {name: (x[kept].mean(0), x[kept].std(0).clamp(min=1e-6)) for name, x in train.items()}
         train, val = (
             {name: (x - statistics[name][0]) / statistics[name][1] for name, x in split.items()}
             for split in (train, val)
         )
 
-        order = torch.randperm(len(train_labels), generator=generator)
-        num_held_out = max(1, round(self.held_out * len(order)))
-        held, kept = order[:num_held_out], order[num_held_out:]
         self.num_train, self.num_held_out, self.num_val = len(kept), len(held), len(val_labels)
         self._held = {name: x[held] for name, x in train.items()}, train_labels[held]
         self._val = val, val_labels
@@ -208,17 +205,19 @@ class LinearProbe(L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         best = self._scores(*self._held)
-        self.log("val/held_out_acc1", max(best.values()), prog_bar=True)
+        self.log("val/held_out_acc1", max(best.values())[0], prog_bar=True)
 
     @torch.no_grad()
-    def _scores(self, features: dict[str, Tensor], labels: Tensor) -> dict[tuple[str, str], float]:
-        """Accuracy in percent of every head."""
+    def _scores(self, features: dict[str, Tensor], labels: Tensor) -> dict[tuple[str, str], tuple[float, float]]:
+        """Accuracy in percent of every head, and minus its cross-entropy, which decides between equal accuracies."""
         labels = labels.to(self.device)
-        return {
-            (name, key): 100 * float((head(features[name].to(self.device)).argmax(1) == labels).float().mean())
-            for name in self.poolings
-            for key, head in self.heads[name].items()  # type: ignore[operator]
-        }
+        scores = {}
+        for name in self.poolings:
+            for key, head in self.heads[name].items():  # type: ignore[operator]
+                logits = head(features[name].to(self.device))
+                accuracy = 100 * float((logits.argmax(1) == labels).float().mean())
+                scores[name, key] = accuracy, -float(F.cross_entropy(logits, labels))
+        return scores
 
     # --- results ------------------------------------------------------------------------------------------------------
 
@@ -228,8 +227,12 @@ class LinearProbe(L.LightningModule):
         rows = {}
         for name in self.poolings:
             key = max(learning_rates, key=lambda k, name=name: held[name, k])  # type: ignore[misc]
-            rows[name] = {"base_lr": learning_rates[key], "held_out_acc1": held[name, key], "val_acc1": val[name, key]}
-        winner = max(rows, key=lambda name: rows[name]["held_out_acc1"])
+            rows[name] = {
+                "base_lr": learning_rates[key],
+                "held_out_acc1": held[name, key][0],
+                "val_acc1": val[name, key][0],
+            }
+        winner = max(held, key=lambda head: held[head])[0]
         interval = 196 * math.sqrt(max(p := rows[winner]["val_acc1"] / 100, 1e-9) * (1 - p) / self.num_val)
         self.results = {
             "backbone": {
@@ -251,10 +254,10 @@ class LinearProbe(L.LightningModule):
             "linear": {"winner": winner, **rows[winner], "val_acc1_95": interval, "by_pooling": rows},
             "knn": {str(k): accuracy for k, accuracy in self.knn.items()},
         }
+        self.final_metrics = {"val/linear_acc1": rows[winner]["val_acc1"]}
+        self.final_metrics.update({f"val/knn{k}_acc1": accuracy for k, accuracy in self.knn.items()})
         for logger in self.trainer.loggers:
-            metrics = {"val/linear_acc1": rows[winner]["val_acc1"]}
-            metrics.update({f"val/knn{k}_acc1": accuracy for k, accuracy in self.knn.items()})
-            logger.log_metrics(metrics, step=self.trainer.global_step)
+            logger.log_metrics(self.final_metrics, step=self.trainer.global_step)
         if self.trainer.is_global_zero:
             self._report()
 
@@ -287,7 +290,7 @@ class LinearProbe(L.LightningModule):
         return {
             "method": f"linear probe ({count} classifiers) and kNN",
             "backbone": f"{self.backbone_config.name}, weights {self.backbone_config.weights or 'untrained'}",
-            "held out": f"{self.num_held_out} of the training images, to choose the classifier",
+            "images": f"{self.num_train} to train on, {self.num_held_out} held out to choose the classifier",
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -312,23 +315,35 @@ def extract_features(backbone: nn.Module, images: Tensor, names: Sequence[str]) 
     return {name: results[name] if name in results else _READOUTS[name](tokens) for name in names}
 
 
-def choose_shots(labels: Tensor, num_shots: int | None, generator: torch.Generator) -> Tensor:
-    """Indices of `num_shots` random samples per class; all if None.
+def split_for_selection(
+    labels: Tensor, num_shots: int | None, held_out: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Indices of the images to train on and of those on which the winner is chosen.
+
+    Args:
+        labels: (N,).
+        num_shots: Train on this many random images per class; None trains on all that are not held out.
+        held_out: Share of all N images to hold out; with `num_shots`, taken from the images that are not shots.
 
     Raises:
-        ConfigError: If a class has fewer.
+        ConfigError: If a class has too few images.
     """
+    num_held = max(1, round(held_out * len(labels)))
+    order = torch.randperm(len(labels), generator=generator)
     if num_shots is None:
-        return torch.arange(len(labels))
-    chosen = []
+        return order[num_held:], order[:num_held]
+    is_shot = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
-        members = (labels == label).nonzero().squeeze(1)
+        members = order[labels[order] == label]
         if len(members) < num_shots:
             raise ConfigError(
                 f"model.num_shots={num_shots}, but class {int(label)} has {len(members)} training images."
             )
-        chosen.append(members[torch.randperm(len(members), generator=generator)[:num_shots]])
-    return torch.cat(chosen)
+        is_shot[members[:num_shots]] = True
+    others = order[~is_shot[order]]
+    if len(others) == 0:
+        raise ConfigError(f"model.num_shots={num_shots} leaves no training image to choose the winner on.")
+    return order[is_shot[order]], others[:num_held]
 
 
 def weights_hash(module: nn.Module) -> str:
