@@ -363,7 +363,9 @@ class Poison(L.Callback):
 def test_divergence__stops_the_run_and_names_remedies(tmp_path: Path) -> None:
     model = dino()
     fit = trainer(tmp_path, max_epochs=2, callbacks=[Poison(1)])
-    with pytest.raises(RuntimeError, match=r"train/loss or the gradient is nan.*model\.base_lr.*model\.lr_warmup.*bf16-mixed"):
+    with pytest.raises(
+        RuntimeError, match=r"train/loss or the gradient is nan.*model\.base_lr.*model\.lr_warmup.*bf16-mixed"
+    ):
         fit.fit(model, datamodule=digits())
     assert fit.global_step == 2  # at the beginning of the next step, not epochs later
 
