@@ -127,6 +127,7 @@ def test_overwrite__starts_anew(with_run: Path, command: Command) -> None:
 
 def test_overwrite__keeps_the_old_run_if_the_new_one_cannot_start(with_run: Path, command: Command) -> None:
     before = {path: digest(path) for path in with_run.rglob("*") if path.suffix == ".ckpt"}
+    assert with_run / LAST in before
     late = ["--data.train_transform.local_size", "7"]  # found when the backbone is tried, after everything is built
     result = command(*PRETRAIN, "--overwrite", "true", *late)
     assert result.code == 2
