@@ -126,7 +126,7 @@ def test_block__equals_the_written_out_formulas(index: int, version: dict[str, A
     block = build(**version).double().blocks[index]
     x = torch.randn(2, 15, 32, dtype=torch.float64)
     expected = reference_block(dict(block.named_parameters()), x, (3, 5), reverse=index == 1, heads=4)
-    torch.testing.assert_close(block(x, (3, 5)), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(block(x, layers.Layout(3, 5)), expected, rtol=1e-10, atol=1e-10)
 
 
 @VERSIONS
@@ -176,6 +176,8 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "block_design": ("unidirectional", {}),
     "conv_kind": ("causal1d", {}),
     "conv_kernel_size": (5, {}),
+    "use_v_conv": (True, {}),
+    "share_conv": (False, {}),
     "qkv_block_size": (8, {}),
     "proj_bias": (False, {}),
     "norm_bias": (False, {}),
@@ -437,4 +439,4 @@ def test_reset_classifier__refuses_unknown_pooling() -> None:
 def test_conv2d__refuses_tokens_that_do_not_fill_the_grid() -> None:
     block: ViLBlock = build().blocks[0]
     with pytest.raises(ValueError, match="15 tokens do not fill a grid of 4 x 4"):
-        block(torch.randn(1, 15, 32), (4, 4))
+        block(torch.randn(1, 15, 32), layers.Layout(4, 4))

@@ -5,7 +5,7 @@ grid.
 """
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,59 @@ from vil_lightning.ops import mlstm
 
 ConvKind = Literal["causal1d", "conv2d"]
 Grid = tuple[int, int]
+
+
+class ClassTokens(NamedTuple):
+    """How many class tokens stand before the patches, amid them (after the first ceil(N / 2)) and after them."""
+
+    before: int = 0
+    amid: int = 0
+    after: int = 0
+
+
+class Layout(NamedTuple):
+    """What the tokens of a sequence are: `h * w` patches in row-major order, and class tokens."""
+
+    h: int
+    w: int
+    cls: ClassTokens = ClassTokens()
+
+    @property
+    def seq_len(self) -> int:
+        return self.h * self.w + sum(self.cls)
+
+    @property
+    def transposed(self) -> "Layout":
+        """The layout of `to_columns(x)`."""
+        return Layout(self.w, self.h, self.cls)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S, C) -> patches (B, N, C) and class tokens (B, n, C)."""
+        return split_class_tokens(x, self.cls)
+
+    def join(self, patches: Tensor, cls_tokens: Tensor) -> Tensor:
+        """Undoes `split`."""
+        if not any(self.cls):
+            return patches
+        half = (patches.shape[1] + 1) // 2
+        before, amid, after = cls_tokens.split(self.cls, dim=1)
+        return torch.cat([before, patches[:, :half], amid, patches[:, half:], after], dim=1)
+
+    def to_columns(self, x: Tensor) -> Tensor:
+        """(B, S, C) with the patches in column-major order; class tokens keep their places."""
+        patches, cls_tokens = self.split(x)
+        patches = patches.unflatten(1, (self.h, self.w)).transpose(1, 2).flatten(1, 2)
+        return self.join(patches, cls_tokens)
+
+
+def split_class_tokens(x: Tensor, cls: ClassTokens) -> tuple[Tensor, Tensor]:
+    """(B, S, C) -> patches (B, N, C) and class tokens (B, n, C)."""
+    if not any(cls):
+        return x, x[:, :0]
+    num_patches = x.shape[1] - sum(cls)
+    half = (num_patches + 1) // 2
+    before, first, amid, second, after = x.split([cls.before, half, cls.amid, num_patches - half, cls.after], dim=1)
+    return torch.cat([first, second], dim=1), torch.cat([before, amid, after], dim=1)
 
 
 class BlockDiagonalLinear(nn.Module):
@@ -69,8 +122,8 @@ class CausalConv1d(nn.Module):
     def reset_parameters(self) -> None:
         _init_depthwise(self.weight, self.bias)
 
-    def forward(self, x: Tensor, grid_size: Grid, reverse: bool) -> Tensor:
-        """(B, S, E) -> (B, S, E). `grid_size` is not used; it is there to match `DepthwiseConv2d`."""
+    def forward(self, x: Tensor, layout: Layout, reverse: bool) -> Tensor:
+        """(B, S, E) -> (B, S, E). `layout` is not used; it is there to match `DepthwiseConv2d`."""
         past = self.weight.shape[-1] - 1
         # A reversed scan is the mirrored kernel with its padding at the other end: nothing is flipped but the weights.
         weight = self.weight.flip(-1) if reverse else self.weight
@@ -92,21 +145,23 @@ class DepthwiseConv2d(nn.Module):
     def reset_parameters(self) -> None:
         _init_depthwise(self.weight, self.bias)
 
-    def forward(self, x: Tensor, grid_size: Grid, reverse: bool) -> Tensor:
-        """(B, S, E) -> (B, S, E) with S = h * w.
+    def forward(self, x: Tensor, layout: Layout, reverse: bool) -> Tensor:
+        """(B, S, E) -> (B, S, E).
 
         A reversed row-major sequence is the image turned by 180 degrees; turning the kernel instead gives the same
-        numbers.
+        numbers. Class tokens have no place on the grid: to the kernel they are images of one pixel.
         """
-        batch, seq_len, dim = x.shape
-        if seq_len != grid_size[0] * grid_size[1]:
-            raise ValueError(
-                f"DepthwiseConv2d: {seq_len} tokens do not fill a grid of {grid_size[0]} x {grid_size[1]}."
-            )
+        if x.shape[1] != layout.seq_len:
+            raise ValueError(f"DepthwiseConv2d: {x.shape[1]} tokens do not fill a grid of {layout.h} x {layout.w}.")
+        patches, cls_tokens = layout.split(x)
         weight = self.weight.flip(-1, -2) if reverse else self.weight
-        image = x.reshape(batch, *grid_size, dim).permute(0, 3, 1, 2)  # (B, E, h, w), channels last in memory
-        image = F.conv2d(image, weight, self.bias, padding=weight.shape[-1] // 2, groups=dim)
-        return image.permute(0, 2, 3, 1).reshape(batch, seq_len, dim)
+        padding = weight.shape[-1] // 2
+        image = patches.unflatten(1, (layout.h, layout.w)).permute(0, 3, 1, 2)  # (B, E, h, w), channels last in memory
+        image = F.conv2d(image, weight, self.bias, padding=padding, groups=weight.shape[0])
+        patches = image.permute(0, 2, 3, 1).flatten(1, 2)
+        if any(layout.cls):
+            cls_tokens = cls_tokens * weight[:, 0, padding, padding] + self.bias
+        return layout.join(patches, cls_tokens)
 
 
 def _init_depthwise(weight: Tensor, bias: Tensor) -> None:
@@ -137,6 +192,8 @@ class MLSTMBranch(nn.Module):
 
     Args:
         dim: Inner width E.
+        use_v_conv: Let v read the convolved input, as q and k do, instead of the raw one.
+        share_conv: One convolution for q, k (and v); otherwise each has its own. The skip takes q's.
         init_std: Standard deviation of the q, k and v weights.
     """
 
@@ -147,6 +204,8 @@ class MLSTMBranch(nn.Module):
         *,
         conv_kind: ConvKind,
         conv_kernel_size: int,
+        use_v_conv: bool,
+        share_conv: bool,
         qkv_block_size: int,
         proj_bias: bool,
         norm_bias: bool,
@@ -158,8 +217,11 @@ class MLSTMBranch(nn.Module):
         self.num_heads = num_heads
         self.mlstm_backend = mlstm_backend
         self.init_std = init_std
-        self.conv: CausalConv1d | DepthwiseConv2d
-        self.conv = (CausalConv1d if conv_kind == "causal1d" else DepthwiseConv2d)(dim, conv_kernel_size)
+        self.use_v_conv = use_v_conv
+        make_conv = CausalConv1d if conv_kind == "causal1d" else DepthwiseConv2d
+        self.conv: CausalConv1d | DepthwiseConv2d = make_conv(dim, conv_kernel_size)
+        self.conv_k = None if share_conv else make_conv(dim, conv_kernel_size)
+        self.conv_v = make_conv(dim, conv_kernel_size) if use_v_conv and not share_conv else None
         self.q_proj = BlockDiagonalLinear(dim, qkv_block_size, bias=proj_bias)
         self.k_proj = BlockDiagonalLinear(dim, qkv_block_size, bias=proj_bias)
         self.v_proj = BlockDiagonalLinear(dim, qkv_block_size, bias=proj_bias)
@@ -170,7 +232,9 @@ class MLSTMBranch(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        self.conv.reset_parameters()
+        for conv in (self.conv, self.conv_k, self.conv_v):
+            if conv is not None:
+                conv.reset_parameters()
         for proj in (self.q_proj, self.k_proj, self.v_proj):
             nn.init.normal_(proj.weight, std=self.init_std)
             if proj.bias is not None:
@@ -185,10 +249,12 @@ class MLSTMBranch(nn.Module):
             nn.init.zeros_(self.norm.bias)
         nn.init.ones_(self.skip)
 
-    def forward(self, x: Tensor, grid_size: Grid, reverse: bool) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, reverse: bool) -> Tensor:
         """(B, S, E) -> (B, S, E)."""
-        c = F.silu(self.conv(x, grid_size, reverse))
-        q, k, v = self.q_proj(c), self.k_proj(c), self.v_proj(x)
+        c = F.silu(self.conv(x, layout, reverse))
+        c_k = c if self.conv_k is None else F.silu(self.conv_k(x, layout, reverse))
+        c_v = c if self.conv_v is None else F.silu(self.conv_v(x, layout, reverse))
+        q, k, v = self.q_proj(c), self.k_proj(c_k), self.v_proj(c_v if self.use_v_conv else x)
         igate, fgate = self._gates(q, k, v)  # (B, NH, S)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, NH, S, DH)
         h = mlstm(q, k, v, igate, fgate, reverse=reverse, backend=self.mlstm_backend)

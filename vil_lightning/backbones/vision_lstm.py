@@ -6,11 +6,13 @@ Papers:
 Official code (architecture facts and published weights): NX-AI/vision-lstm
 
 A ViL is a patch embedding followed by `depth` gated mLSTM blocks that scan the patches in turn from the top left and
-from the bottom right. There is no attention, no MLP and no class token; the read-out uses the first and the last patch.
+from the bottom right. There is no attention and no MLP; the read-out uses the first and the last patch. The other block
+designs and read-outs of the paper's ablations are data: `BLOCK_DESIGNS` and `_POOLINGS`.
 
 Letters: `B` batch, `S` tokens, `D` embed_dim, `E` inner width (2 D), `h, w` token grid.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -24,43 +26,95 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vil_lightning.backbones.layers import ConvKind, Grid, MLSTMBranch, resize_position_embedding
+from vil_lightning.backbones.layers import (
+    ClassTokens,
+    ConvKind,
+    Grid,
+    Layout,
+    MLSTMBranch,
+    resize_position_embedding,
+    split_class_tokens,
+)
 from vil_lightning.backbones.weights import checkpoint_filter_fn
 from vil_lightning.ops import MLSTM_BACKENDS
 
 __all__ = ["VisionLSTM"]
 
-Pool = Literal["bilateral_concat", "bilateral_avg", "avg", "middle_patch", "first", "last", ""]
 WeightInit = Literal["published", "fixed"]
 
 
 class Scan(NamedTuple):
-    """The order in which a branch visits the row-major tokens."""
+    """The order in which a branch visits the tokens: along rows or columns, from the top left or the bottom right."""
 
+    columns: bool = False
     reverse: bool = False
 
 
 class BlockDesign(NamedTuple):
-    """Which scans each block makes. Blocks take the entries of `cycle` in turn, each entry one scan per branch."""
+    """Which scans each block makes. Blocks take the entries of `cycle` in turn; a block sums its scans.
+
+    With `shared`, all scans of a block use one set of parameters (one `MLSTMBranch`), otherwise each has its own.
+    """
 
     cycle: tuple[tuple[Scan, ...], ...]
+    shared: bool = False
 
 
+_ROWS, _ROWS_REVERSED = Scan(), Scan(reverse=True)
+_COLUMNS, _COLUMNS_REVERSED = Scan(columns=True), Scan(columns=True, reverse=True)
+_QUAD = (_ROWS, _ROWS_REVERSED, _COLUMNS, _COLUMNS_REVERSED)
+
+# The published training code takes the columns of an image for those of a grid floor(sqrt(S)) wide, whatever its real
+# width, and cannot combine columns with conv2d, odd numbers of tokens or class tokens. Here columns are the image's.
 BLOCK_DESIGNS = {
-    "alternating": BlockDesign(((Scan(),), (Scan(reverse=True),))),
-    "unidirectional": BlockDesign(((Scan(),),)),
+    "alternating": BlockDesign(((_ROWS,), (_ROWS_REVERSED,))),
+    "unidirectional": BlockDesign(((_ROWS,),)),
+    "bidirectional": BlockDesign(((_ROWS, _ROWS_REVERSED),)),
+    "bidirectional_shared": BlockDesign(((_ROWS, _ROWS_REVERSED),), shared=True),
+    "quaddirectional": BlockDesign((_QUAD,)),
+    "quaddirectional_shared": BlockDesign((_QUAD,), shared=True),
+    "alternating_quad": BlockDesign(tuple((scan,) for scan in _QUAD)),
 }
 
-# What each pooling makes of normalised tokens (B, S, D), and how many times D its result is wide.
-_POOLINGS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
-    "bilateral_concat": (lambda x: torch.cat([x[:, 0], x[:, -1]], dim=-1), 2),
-    "bilateral_avg": (lambda x: (x[:, 0] + x[:, -1]) / 2, 1),
-    "avg": (lambda x: x.mean(dim=1), 1),
-    # Index S // 2 of the sequence, as published: on an even grid a patch at the left edge, not the centre.
-    "middle_patch": (lambda x: x[:, x.shape[1] // 2], 1),
-    "first": (lambda x: x[:, 0], 1),
-    "last": (lambda x: x[:, -1], 1),
-    "": (lambda x: x, 1),
+
+class Pooling(NamedTuple):
+    """A read-out of normalised tokens (B, S, D), and how many times D its result is wide.
+
+    One that reads class tokens says in `cls` where they are inserted; they are learned, and get no position embedding.
+    """
+
+    read: Callable[[Tensor], Tensor]
+    width: int = 1
+    cls: ClassTokens = ClassTokens()
+
+
+def _ends_concat(x: Tensor) -> Tensor:
+    return torch.cat([x[:, 0], x[:, -1]], dim=-1)
+
+
+def _ends_average(x: Tensor) -> Tensor:
+    return (x[:, 0] + x[:, -1]) / 2
+
+
+def _middle(x: Tensor) -> Tensor:
+    # Index S // 2, as published: on an even grid a patch at the left edge, not the centre. A class token amid N patches is
+    # there, too: ceil(N / 2) == (N + 1) // 2.
+    return x[:, x.shape[1] // 2]
+
+
+_POOLINGS = {
+    "bilateral_concat": Pooling(_ends_concat, width=2),
+    "bilateral_avg": Pooling(_ends_average),
+    "avg": Pooling(lambda x: x.mean(dim=1)),
+    "middle_patch": Pooling(_middle),
+    "first": Pooling(lambda x: x[:, 0]),
+    "last": Pooling(lambda x: x[:, -1]),
+    "middle_cls": Pooling(_middle, cls=ClassTokens(amid=1)),
+    "first_cls": Pooling(lambda x: x[:, 0], cls=ClassTokens(before=1)),
+    "last_cls": Pooling(lambda x: x[:, -1], cls=ClassTokens(after=1)),
+    "bilateral_cls_concat": Pooling(_ends_concat, width=2, cls=ClassTokens(before=1, after=1)),
+    "bilateral_cls_avg": Pooling(_ends_average, cls=ClassTokens(before=1, after=1)),
+    "": Pooling(lambda x: x),
 }
 
 
@@ -150,9 +204,12 @@ class PositionEmbedding(nn.Module):
 
 
 class ViLMixer(nn.Module):
-    """Up-projection, one or more mLSTM branches, SiLU gate, down-projection.
+    """Up-projection, mLSTM scans, SiLU gate, down-projection.
 
-    Every branch returns its result in image order, so their sum can be gated once.
+    Every scan returns its result in image order, so their sum can be gated once.
+
+    Args:
+        branches: One per scan, or a single one that all scans share.
     """
 
     def __init__(
@@ -164,13 +221,24 @@ class ViLMixer(nn.Module):
         self.branches = nn.ModuleList(branches)
         self.proj_down = nn.Linear(inner_dim, dim, bias=bias)
 
-    def forward(self, x: Tensor, grid_size: Grid) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
         x, gate = self.proj_up(x).chunk(2, dim=-1)  # (B, S, E) each
-        y = sum(
-            branch(x, grid_size, reverse=scan.reverse) for scan, branch in zip(self.scans, self.branches, strict=True)
-        )
-        return self.proj_down(y * F.silu(gate))
+        y = []
+        if any(not scan.columns for scan in self.scans):
+            y.append(self._sum_scans(x, layout, columns=False))
+        if any(scan.columns for scan in self.scans):
+            by_column = self._sum_scans(layout.to_columns(x), layout.transposed, columns=True)
+            y.append(layout.transposed.to_columns(by_column))  # the transposed grid's columns are the rows
+        return self.proj_down(functools.reduce(torch.add, y) * F.silu(gate))
+
+    def _sum_scans(self, x: Tensor, layout: Layout, columns: bool) -> Tensor:
+        results = [
+            self.branches[i % len(self.branches)](x, layout, scan.reverse)
+            for i, scan in enumerate(self.scans)
+            if scan.columns == columns
+        ]
+        return functools.reduce(torch.add, results)
 
 
 @register_notrace_module
@@ -186,8 +254,8 @@ class ViLBlock(nn.Module):
         self.ls = LayerScale(dim, init_values=init_values) if init_values is not None else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: Tensor, grid_size: Grid) -> Tensor:
-        return x + self.drop_path(self.ls(self.mixer(self.norm(x), grid_size)))
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        return x + self.drop_path(self.ls(self.mixer(self.norm(x), layout)))
 
 
 class VisionLSTM(nn.Module):
@@ -200,13 +268,16 @@ class VisionLSTM(nn.Module):
         patch_size: Patch size in px.
         stride: Distance of neighbouring patches in px; `patch_size` if None. Smaller means overlapping patches.
         num_classes: Width of the classifier; 0 for none, then the model returns the pooled vector.
-        global_pool: Read-out of the tokens. `bilateral_concat` is 2 D wide, the others D; "" returns all tokens.
+        global_pool: Read-out of the tokens, one of `_POOLINGS`. The `…_concat` ones are 2 D wide, the others D; the `…_cls…`
+            ones insert learned class tokens; "" returns all tokens.
         embed_dim: Width D.
         depth: Number of scans: 24 in tiny, small and base, counted as 12 pairs by the published version-2 code.
         num_heads: Heads of the mLSTM; 4 in all published models.
-        block_design: Which directions the blocks scan in; one of `BLOCK_DESIGNS`.
+        block_design: Which directions the blocks scan in; one of `BLOCK_DESIGNS`. With any of them there are `depth` blocks.
         conv_kind: Convolution before q and k: `conv2d` on the grid (version 2), `causal1d` along the scan (version 1).
         conv_kernel_size: 3 in version 2, 4 in version 1.
+        use_v_conv: Let v read the convolved input, too (an ablation of the paper).
+        share_conv: One convolution for q, k (and v), or one for each (an ablation).
         qkv_block_size: Width of the blocks of the block-diagonal q, k and v maps.
         proj_bias: Biases in the up, down, q, k and v projections (version 2).
         norm_bias: Biases in the norms of and after the blocks (version 2).
@@ -240,6 +311,8 @@ class VisionLSTM(nn.Module):
         block_design: str = "alternating",
         conv_kind: ConvKind = "conv2d",
         conv_kernel_size: int = 3,
+        use_v_conv: bool = False,
+        share_conv: bool = True,
         qkv_block_size: int = 4,
         proj_bias: bool = True,
         norm_bias: bool = True,
@@ -276,7 +349,7 @@ class VisionLSTM(nn.Module):
         self.global_pool = global_pool
         self.embed_dim = self.num_features = embed_dim
         self.depth = depth
-        self.num_prefix_tokens = 0
+        self.num_prefix_tokens = 0  # class tokens, if any, need not come first: see `split_tokens`
         self.weight_init = weight_init
         self.grad_checkpointing = False
 
@@ -292,7 +365,11 @@ class VisionLSTM(nn.Module):
         # As published, the embedding has one entry per non-overlapping patch, whatever the stride.
         self.pos_embed = PositionEmbedding(self._pos_embed_grid(), embed_dim)
 
-        cycle = BLOCK_DESIGNS[block_design].cycle
+        self.cls_layout = _POOLINGS[global_pool].cls
+        num_cls = sum(self.cls_layout)
+        self.cls_tokens = nn.Parameter(torch.zeros(1, num_cls, embed_dim)) if num_cls else None
+
+        cycle, shared = BLOCK_DESIGNS[block_design]
         init_std = math.sqrt(2 / (5 * embed_dim))  # "small init" of the model width, for q, k and v as well
         blocks = []
         for i in range(depth):
@@ -303,6 +380,8 @@ class VisionLSTM(nn.Module):
                     num_heads,
                     conv_kind=conv_kind,
                     conv_kernel_size=conv_kernel_size,
+                    use_v_conv=use_v_conv,
+                    share_conv=share_conv,
                     qkv_block_size=qkv_block_size,
                     proj_bias=proj_bias,
                     norm_bias=norm_bias,
@@ -310,7 +389,7 @@ class VisionLSTM(nn.Module):
                     init_std=init_std,
                     mlstm_backend=mlstm_backend,
                 )
-                for _ in scans
+                for _ in (scans[:1] if shared else scans)
             ]
             mixer = ViLMixer(embed_dim, inner_dim, scans, branches, bias=proj_bias)
             drop_path = drop_path_rate * i / max(depth - 1, 1) if drop_path_decay else drop_path_rate
@@ -337,6 +416,8 @@ class VisionLSTM(nn.Module):
         nn.init.xavier_uniform_(proj.weight.view(proj.weight.shape[0], -1))
         nn.init.zeros_(proj.bias)  # type: ignore[arg-type]
         trunc_normal_(self.pos_embed.embed, std=0.02)
+        if self.cls_tokens is not None:
+            nn.init.normal_(self.cls_tokens, std=0.02)
         down_std = 2 / math.sqrt(self.embed_dim) / (self.depth if self.weight_init == "fixed" else 1)
         for block in cast("list[ViLBlock]", self.blocks):
             mixer = block.mixer
@@ -375,11 +456,11 @@ class VisionLSTM(nn.Module):
     @property
     def head_hidden_size(self) -> int:
         """Width of the pooled vector."""
-        return self.embed_dim * _POOLINGS[self.global_pool][1]
+        return self.embed_dim * _POOLINGS[self.global_pool].width
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        return {"pos_embed.embed"}
+        return {"pos_embed.embed", "cls_tokens"}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[float, ...]]:
@@ -389,7 +470,7 @@ class VisionLSTM(nn.Module):
         """
 
         def layer_of(name: str) -> tuple[float, ...]:
-            if name.startswith(("patch_embed", "pos_embed")):
+            if name.startswith(("patch_embed", "pos_embed", "cls_tokens")):
                 return (0.0,)
             block = re.match(r"blocks\.(\d+)\.", name + ".")
             if block:
@@ -410,6 +491,11 @@ class VisionLSTM(nn.Module):
         """Replace the classifier; the norm before it is kept unless the pooled width changes."""
         if global_pool is not None:
             _choice("global_pool", global_pool, _POOLINGS)
+            if global_pool != "" and _POOLINGS[global_pool].cls != self.cls_layout:
+                raise ValueError(
+                    f"global_pool={global_pool!r} needs other class tokens than this model has (it was built with "
+                    f"{self.global_pool!r}). Build the model with it instead."
+                )
             self.global_pool = global_pool
         self.num_classes = num_classes
         old_norm, reference = self.fc_norm, self.patch_embed.proj.weight
@@ -453,27 +539,34 @@ class VisionLSTM(nn.Module):
 
     # --- forward ----------------------------------------------------------------------------------------------------
 
-    def _embed(self, x: Tensor) -> tuple[Tensor, Grid]:
-        """(B, C, H, W) -> tokens (B, S, D) in row-major order, and their grid (h, w)."""
+    def _embed(self, x: Tensor) -> tuple[Tensor, Layout]:
+        """(B, C, H, W) -> tokens (B, S, D), patches in row-major order, and what they are."""
         x = self.pos_embed(self.patch_embed(x))
-        _, h, w, _ = x.shape
-        return x.flatten(1, 2), (h, w)
+        layout = Layout(x.shape[1], x.shape[2], self.cls_layout)
+        x = x.flatten(1, 2)
+        if self.cls_tokens is not None:
+            x = layout.join(x, self.cls_tokens.expand(x.shape[0], -1, -1))
+        return x, layout
 
-    def _block(self, block: nn.Module, x: Tensor, grid_size: Grid) -> Tensor:
+    def split_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, S, D) -> patches (B, N, D) in row-major order, and class tokens (B, n, D), mostly n = 0."""
+        return split_class_tokens(x, self.cls_layout)
+
+    def _block(self, block: nn.Module, x: Tensor, layout: Layout) -> Tensor:
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint(block, x, grid_size)
-        return block(x, grid_size)
+            return checkpoint(block, x, layout)
+        return block(x, layout)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> all tokens (B, S, D) after the norm that follows the blocks."""
-        x, grid_size = self._embed(x)
+        x, layout = self._embed(x)
         for block in self.blocks:
-            x = self._block(block, x, grid_size)
+            x = self._block(block, x, layout)
         return self.norm(x)
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """Tokens (B, S, D) -> (B, head_hidden_size); all tokens for `global_pool=""`."""
-        return _POOLINGS[self.global_pool if pool_type is None else pool_type][0](x)
+        return _POOLINGS[self.global_pool if pool_type is None else pool_type].read(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.head_drop(self.fc_norm(self.pool(x)))
@@ -498,10 +591,10 @@ class VisionLSTM(nn.Module):
         Args:
             x: Images (B, C, H, W).
             indices: The last n scans if an int, all if None, otherwise the scans (0-based) to return.
-            return_prefix_tokens: Accepted for compatibility; there are none.
+            return_prefix_tokens: Return pairs (patches, class tokens (B, n, D)), if the model has class tokens.
             norm: Apply the final norm to every intermediate.
             stop_early: Do not run scans after the last one asked for.
-            output_fmt: `NCHW` for (B, D, h, w) or `NLC` for (B, S, D).
+            output_fmt: `NCHW` for (B, D, h, w) or `NLC` for (B, N, D), patches only.
             intermediates_only: Return only the list of intermediates.
             output_dict: Return a dictionary with `image_features` and `image_intermediates`.
 
@@ -510,15 +603,15 @@ class VisionLSTM(nn.Module):
         """
         _choice("output_fmt", output_fmt, ("NCHW", "NLC"))
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        x, grid_size = self._embed(x)
+        x, layout = self._embed(x)
         intermediates = []
         for i, block in enumerate(self.blocks[: max_index + 1] if stop_early else self.blocks):
-            x = self._block(block, x, grid_size)
+            x = self._block(block, x, layout)
             if i in take_indices:
-                y = self.norm(x) if norm else x
+                y, cls_tokens = layout.split(self.norm(x) if norm else x)
                 if output_fmt == "NCHW":
-                    y = y.transpose(1, 2).unflatten(-1, grid_size).contiguous()
-                intermediates.append(y)
+                    y = y.transpose(1, 2).unflatten(-1, (layout.h, layout.w)).contiguous()
+                intermediates.append((y, cls_tokens) if return_prefix_tokens and any(layout.cls) else y)
         if output_dict:
             result: dict[str, Any] = {"image_intermediates": intermediates}
             if not intermediates_only:

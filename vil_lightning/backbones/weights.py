@@ -23,28 +23,35 @@ _logger = logging.getLogger(__name__)
 # self-distillation run is the better network.
 _BACKBONE_PREFIXES = ("teacher.backbone.", "backbone.", "student.backbone.")
 
-# Published raw name -> name here, first match wins. The raw names count scans one by one, as here.
+# Published raw name -> name here, first match wins. The raw names count scans one by one, as here. "@" is the branch.
 _RAW_NAMES: tuple[tuple[str, str], ...] = (
     (r"patch_embed\.proj\.(weight|bias)", r"patch_embed.proj.\1"),
     (r"pos_embed\.embed", r"pos_embed.embed"),
+    (r"cls_tokens\.tokens", r"cls_tokens"),
     (r"xlstm\.blocks\.(\d+)\.xlstm_norm\.(weight|bias)", r"blocks.\1.norm.\2"),
     (r"xlstm\.blocks\.(\d+)\.xlstm\.(proj_up|proj_down)\.(weight|bias)", r"blocks.\1.mixer.\2.\3"),
     (r"xlstm\.blocks\.(\d+)\.xlstm\.layerscale\.gamma", r"blocks.\1.ls.gamma"),
-    (r"xlstm\.blocks\.(\d+)\.xlstm\.learnable_skip", r"blocks.\1.mixer.branches.0.skip"),
-    (r"xlstm\.blocks\.(\d+)\.xlstm\.([qkv]_proj)\.(weight|bias)", r"blocks.\1.mixer.branches.0.\2.\3"),
-    (r"xlstm\.blocks\.(\d+)\.xlstm\.conv1d\.(?:conv\.)?(weight|bias)", r"blocks.\1.mixer.branches.0.conv.\2"),
+    (r"xlstm\.blocks\.(\d+)\.xlstm\.learnable_skip", r"blocks.\1.mixer.branches.@.skip"),
+    (r"xlstm\.blocks\.(\d+)\.xlstm\.([qkv]_proj)\.(weight|bias)", r"blocks.\1.mixer.branches.@.\2.\3"),
+    (
+        r"xlstm\.blocks\.(\d+)\.xlstm\.conv1d(_k|_v|)\.(?:conv\.)?(weight|bias)",
+        r"blocks.\1.mixer.branches.@.conv\2.\3",
+    ),
     (
         r"xlstm\.blocks\.(\d+)\.xlstm\.mlstm_cell\.([if]gate)\.(weight|bias)",
-        r"blocks.\1.mixer.branches.0.\2.\3",
+        r"blocks.\1.mixer.branches.@.\2.\3",
     ),
     (
         r"xlstm\.blocks\.(\d+)\.xlstm\.mlstm_cell\.outnorm\.(weight|bias)",
-        r"blocks.\1.mixer.branches.0.norm.\2",
+        r"blocks.\1.mixer.branches.@.norm.\2",
     ),
     (r"xlstm\.post_blocks_norm\.(weight|bias)", r"norm.\1"),
     (r"head\.0\.(weight|bias)", r"fc_norm.\1"),
     (r"head\.1\.(weight|bias)", r"head.\1"),
 )
+# Endings of a raw name's part, for the further scans of a block with several: columns are `_du`, columns from the bottom
+# right `_ud`.
+_RAW_BRANCHES = {"": "0", "_rev": "1", "_du": "2", "_ud": "3"}
 # These raw weights are stored minus 1; the models here use plain LayerNorm gains.
 _RAW_GAIN_MINUS_ONE = re.compile(r".*\.(xlstm_norm|outnorm|post_blocks_norm)\.weight")
 
@@ -211,9 +218,11 @@ def to_model_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, value in state_dict.items():
         if _RAW_GAIN_MINUS_ONE.fullmatch(name):
             value = 1 + value
+        ending = re.search(r"(_rev|_du|_ud)(?=\.|$)", name)
+        plain = name.replace(ending[0], "", 1) if ending else name
         for pattern, replacement in _RAW_NAMES:
-            if re.fullmatch(pattern, name):
-                name = re.sub(pattern, replacement, name)
+            if re.fullmatch(pattern, plain):
+                name = re.sub(pattern, replacement, plain).replace("@", _RAW_BRANCHES[ending[0] if ending else ""])
                 break
         renamed[name] = value
     return renamed
