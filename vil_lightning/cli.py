@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import vil_lightning.data
 import vil_lightning.methods  # noqa: F401 - makes the short class names known
 from vil_lightning.backbones.weights import WeightsError, read_file
-from vil_lightning.callbacks import RunProgressBar, RunSummary, Throughput
+from vil_lightning.callbacks import LastCheckpoint, PredictionWriter, RunProgressBar, RunSummary, Throughput
 from vil_lightning.checkpoint_io import AtomicCheckpointIO
 from vil_lightning.errors import ConfigError
 
@@ -50,7 +50,7 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 class VilCLI(LightningCLI):
-    """Adds `run_name`, `overwrite` and `checkpoint` to Lightning's arguments."""
+    """Adds `run_name`, `overwrite`, `checkpoint` and `predictions` to Lightning's arguments."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -63,6 +63,7 @@ class VilCLI(LightningCLI):
             "--overwrite", type=bool, default=False, help="Delete logs and checkpoints of an earlier run of this name."
         )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.set_defaults(
             {
                 "checkpoint.filename": "best",
@@ -82,11 +83,13 @@ class VilCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand] if self.subcommand else self.config
         self.run_name = run_name_of(config)
-        checkpoint_dir, log_dir = CHECKPOINT_ROOT / self.run_name, LOG_ROOT / self.run_name
+        # Scores and predictions of a run get a folder of their own: they must not change the run's curves or config.yaml.
+        log_name = self.run_name if self.subcommand in (None, "fit") else f"{self.run_name}_{self.subcommand}"
+        checkpoint_dir, log_dir = CHECKPOINT_ROOT / self.run_name, LOG_ROOT / log_name
         if config.trainer.logger in (None, True):
             config.trainer.logger = Namespace(
                 class_path="lightning.pytorch.loggers.TensorBoardLogger",
-                init_args=Namespace(save_dir=str(LOG_ROOT), name="", version=self.run_name, default_hp_metric=False),
+                init_args=Namespace(save_dir=str(LOG_ROOT), name="", version=log_name, default_hp_metric=False),
             )
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(checkpoint_dir)
@@ -94,8 +97,6 @@ class VilCLI(LightningCLI):
             self.trainer_defaults["callbacks"] = [
                 callback for callback in self.trainer_defaults["callbacks"] if not isinstance(callback, RunProgressBar)
             ]
-        if config.trainer.fast_dev_run:
-            config.checkpoint.save_last = False  # Lightning 2.6 would write (and replace) last.ckpt even then
         if config.get("ckpt_path"):
             config.weights_only = True
         self.to_delete: list[Path] = []
@@ -108,11 +109,23 @@ class VilCLI(LightningCLI):
         strategy = self.trainer.strategy
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = AtomicCheckpointIO()
+        self._replace_save_last()
         if self.to_delete:
             self.trainer.callbacks.append(_DeleteAtStart(self.to_delete))  # type: ignore[attr-defined]
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunSummary):
                 callback.hyper_parameters = flatten(self.config["fit"], keys=("model", "data", "seed_everything"))
+
+    def _replace_save_last(self) -> None:
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        wanted = [c for c in callbacks if isinstance(c, ModelCheckpoint) and c.save_last]
+        for callback in wanted:
+            callback.save_last = None
+        if wanted and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            settings = self.config["fit"].checkpoint
+            often = ("every_n_epochs", "every_n_train_steps", "train_time_interval")
+            # Behind the others, so that it records the best value that they have seen.
+            callbacks.append(LastCheckpoint(settings.dirpath, **{key: settings[key] for key in often}))
 
 
 def run_name_of(config: Namespace) -> str:

@@ -1,35 +1,59 @@
 """Parameter groups, learning-rate scaling, gradient clipping."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 
-def weight_decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups, `decay` and `no_decay`.
+def weight_decay_groups(
+    module: nn.Module, weight_decay: float, lr_scales: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Groups named `decay` and `no_decay`; with `lr_scales` one such pair for every scale.
 
     Not decayed are biases, everything with at most one dimension (norm gains, skips, LayerScale) and what a timm model
     inside `module` names in `no_weight_decay()` (position embeddings). The rule goes by name and shape, not by layer
     class, so that it holds for any backbone.
+
+    Args:
+        lr_scales: Factor of the learning rate for each parameter name, see `layer_lr_scales`; recorded as the groups'
+            `lr_scale` (1 if None).
     """
     excluded: set[str] = set()
     for prefix, child in module.named_modules():
         if callable(names := getattr(child, "no_weight_decay", None)):
             excluded.update(f"{prefix}.{name}" if prefix else name for name in names())
-    decay, no_decay = [], []
+    groups: dict[tuple[float, str], list[nn.Parameter]] = {}
+    if lr_scales is None:
+        groups = {(1.0, "decay"): [], (1.0, "no_decay"): []}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        if parameter.ndim <= 1 or name.endswith(".bias") or name in excluded:
-            no_decay.append(parameter)
-        else:
-            decay.append(parameter)
+        free = parameter.ndim <= 1 or name.endswith(".bias") or name in excluded
+        scale = 1.0 if lr_scales is None else lr_scales[name]
+        groups.setdefault((scale, "no_decay" if free else "decay"), []).append(parameter)
     return [
-        {"name": "decay", "params": decay, "weight_decay": weight_decay},
-        {"name": "no_decay", "params": no_decay, "weight_decay": 0.0},
+        {
+            "name": kind if lr_scales is None else f"{kind} x {scale:.4g}",
+            "params": parameters,
+            "weight_decay": weight_decay if kind == "decay" else 0.0,
+            "lr_scale": scale,
+        }
+        for (scale, kind), parameters in groups.items()
     ]
+
+
+def layer_lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
+    """Layer-wise learning-rate decay: `layer_decay ** (distance from the head)` for each parameter of a timm model.
+
+    Layers are those of the model's `group_matcher`: for ViL the stem, then pairs of scans, then norm and head. With 12
+    pairs the stem has `layer_decay ** 13`, pair k `layer_decay ** (12 - k)`, the head 1.
+    """
+    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
+    last = max(layers.values())
+    return {name: layer_decay ** (last - layer) for name, layer in layers.items()}
 
 
 def scale_lr(base_lr: float, global_batch_size: int, reference_batch_size: int = 256) -> float:

@@ -62,6 +62,18 @@ def warmup_cosine(step: int, total_steps: int, warmup_steps: int, peak: float, e
     return cosine(step - warmup_steps, total_steps - warmup_steps, peak, end)
 
 
+def linear_cosine(step: int, total_steps: int, warmup_steps: int, start: float, peak: float, end: float) -> float:
+    """Linear from `start`, which the step before the first one would have, to `peak` at step `warmup_steps - 1`, then half
+    a cosine to `end` at the last step.
+
+    The ViL recipes (NX-AI/vision-lstm) have `start` 0. With `end == peak` the rate stays constant after the warm-up.
+    """
+    done = step + 1
+    if done <= warmup_steps:
+        return start + (peak - start) * done / warmup_steps
+    return cosine(done - warmup_steps, total_steps - warmup_steps, peak, end)
+
+
 def linear_then_constant(step: int, warmup_steps: int, start: float, end: float) -> float:
     """Linear from `start` at step 0 to `end` at step `warmup_steps`, constant afterwards."""
     if step >= warmup_steps:

@@ -1,14 +1,20 @@
 """The built-in digits, and folders of images."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from PIL import Image
 from sklearn.datasets import load_digits
+from torch import Tensor
 
-from vil_lightning.data import Digits, ImageFolder, MultiCrop
+from vil_lightning.data import Digits, ImageDataModule, ImageFolder, MultiCrop, TrainTransform
+from vil_lightning.data.loading import ImageSource, TensorSource
+from vil_lightning.data.transforms import EvalTransform
 from vil_lightning.errors import ConfigError
 
 
@@ -183,7 +189,7 @@ def test_image_folder__missing_root(tmp_path: Path) -> None:
 def test_image_folder__missing_split(root: Path, split: str) -> None:
     (root / split).rename(root / "elsewhere")
     with pytest.raises(ConfigError, match=rf"data\.root: there is no directory .*{split}"):
-        ImageFolder(str(root))
+        ready(ImageFolder(str(root)))
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -192,27 +198,27 @@ def test_image_folder__no_class_folders(root: Path, split: str) -> None:
     (root / split).mkdir()
     Image.new("RGB", (4, 4)).save(root / split / "loose.png")
     with pytest.raises(ConfigError, match=rf"{split} holds no class folders"):
-        ImageFolder(str(root))
+        ready(ImageFolder(str(root)))
 
 
 def test_image_folder__empty_class_folder(root: Path) -> None:
     (root / "val" / "bird").mkdir()
     (root / "val" / "bird" / "notes.txt").write_text("no picture")
     with pytest.raises(ConfigError, match=r"1 class folder\(s\) in .*val hold no images: bird"):
-        ImageFolder(str(root))
+        ready(ImageFolder(str(root)))
 
 
 def test_image_folder__classes_differ(root: Path) -> None:
     (root / "val" / "dog").rename(root / "val" / "wolf")
     with pytest.raises(ConfigError, match="dog, wolf are in only one of them"):
-        ImageFolder(str(root))
+        ready(ImageFolder(str(root)))
 
 
 def test_image_folder__one_class_in_train_only(root: Path) -> None:
     (root / "train" / "bird").mkdir()
     Image.new("RGB", (4, 4)).save(root / "train" / "bird" / "a.png")
     with pytest.raises(ConfigError, match="bird is in only one of them"):
-        ImageFolder(str(root))
+        ready(ImageFolder(str(root)))
 
 
 def test_train_dataloader__batch_larger_than_the_data_set(root: Path) -> None:
@@ -225,7 +231,7 @@ def test_train_dataloader__batch_of_the_whole_data_set(root: Path) -> None:
     assert len(ready(ImageFolder(str(root), 8, 6, 0)).train_dataloader()) == 1
 
 
-@pytest.mark.parametrize("name", ["batch_size", "img_size", "eval_batch_size"])
+@pytest.mark.parametrize("name", ["batch_size", "img_size", "eval_batch_size", "repeats"])
 def test_arguments__not_positive(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"data\.{name}=0 must be at least 1"):
         Digits(**{name: 0})
@@ -243,3 +249,254 @@ def test_eval_train_dataloader__takes_a_fixed_random_subset() -> None:
     assert torch.equal(labels(), labels())
     assert not torch.equal(labels(), everything[:200])  # not simply the first ones
     assert set(labels().tolist()) == set(range(10))
+
+
+# --- evaluation on several processes ----------------------------------------------------------------------------------
+
+
+class Counted(ImageDataModule):
+    """Image i has label i."""
+
+    def __init__(
+        self, num_val: int, eval_batch_size: int, rank: int, world_size: int, predicting: bool = False
+    ) -> None:
+        super().__init__(img_size=2, num_workers=0, eval_batch_size=eval_batch_size)
+        self.num_val = num_val
+        self.trainer = SimpleNamespace(world_size=world_size, global_rank=rank, predicting=predicting)
+        self.setup()
+
+    def build_sources(self) -> tuple[ImageSource, ImageSource, list[str]]:
+        source = TensorSource(torch.zeros(self.num_val, 3, 2, 2, dtype=torch.uint8), torch.arange(self.num_val))
+        return source, source, ["only"]
+
+
+@pytest.mark.parametrize("loader", ["val", "test", "predict"])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_real_images__every_image_once_over_all_processes(loader: str, world_size: int) -> None:
+    padded = 0
+    for num_val in (1, 5, 8, 9, 13):
+        for batch_size in (1, 2, 5):
+            counted: list[int] = []
+            lengths = set()
+            for rank in range(world_size):
+                data = Counted(num_val, batch_size, rank, world_size, predicting=loader == "predict")
+                batches = list(getattr(data, f"{loader}_dataloader")())
+                lengths.add(tuple(len(labels) for _, labels in batches))
+                for batch_idx, (_, labels) in enumerate(batches):
+                    real = data.real_images(batch_idx, len(labels))
+                    assert (real.dtype, real.shape) == (torch.bool, labels.shape)
+                    counted += labels[real].tolist()
+                    padded += int((~real).sum())
+            assert sorted(counted) == list(range(num_val))
+            assert len(lengths) == 1  # all processes make the same steps
+    assert (padded == 0) == (world_size == 1)
+
+
+def test_real_images__counts_those_of_the_loader_in_use(root: Path) -> None:
+    """The val set and the images to predict differ in number."""
+    image_folder = ImageFolder(str(root), 8, 4, 0, eval_batch_size=3, predict_dir=str(root / "train"))
+    image_folder.setup("validate")
+    image_folder.setup("predict")
+    for predicting, num_images in ((True, 6), (False, 4)):
+        image_folder.trainer = SimpleNamespace(world_size=4, global_rank=2, predicting=predicting)
+        assert image_folder.real_images(0, 2).tolist() == [True, num_images > 6]
+        image_folder.trainer = SimpleNamespace(world_size=4, global_rank=1, predicting=predicting)
+        assert image_folder.real_images(0, 2).tolist() == [True, num_images > 5]
+
+
+def test_real_images__without_a_trainer() -> None:
+    assert ready(Digits(8, eval_batch_size=100)).real_images(3, 59).all()
+
+
+# --- testing and prediction -------------------------------------------------------------------------------------------
+
+
+class Collector(L.LightningModule):
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[Any] = []
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.batches.append(batch)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, numbers = batch
+        return numbers[self.trainer.datamodule.real_images(batch_idx, len(images))]  # type: ignore[attr-defined]
+
+
+def trainer() -> L.Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return L.Trainer(accelerator="cpu", devices=1, enable_checkpointing=False, **quiet)
+
+
+def test_digits__testing_uses_the_val_set() -> None:
+    model, data = Collector(), Digits(8, eval_batch_size=100)
+    trainer().test(model, data, verbose=False)
+    assert torch.cat([labels for _, labels in model.batches]).tolist() == data.val_source.labels
+    expected = data.normalize(data.val_source.images)
+    assert torch.equal(torch.cat([images for images, _ in model.batches]), expected)
+
+
+def test_digits__prediction_gives_numbers() -> None:
+    data = Digits(8, eval_batch_size=100)
+    predictions = trainer().predict(Collector(), data)
+    assert torch.cat(predictions).tolist() == list(range(359))
+    assert (len(data.predict_names), data.predict_names[0], data.predict_names[-1]) == (359, "val/0", "val/358")
+
+
+def test_prediction__is_normalised_even_after_features_were_served() -> None:
+    data = ready(Digits(8))
+    data.serve(data.train_dataloader(), data.val_dataloader())
+    batch = next(iter(data.predict_dataloader()))
+    assert data.on_after_batch_transfer(batch, 0) is batch
+    data.trainer = SimpleNamespace(predicting=True)
+    assert torch.equal(data.on_after_batch_transfer(batch, 0)[0], data.normalize(batch[0]))
+
+
+def test_crop_pct__of_every_evaluation_loader() -> None:
+    data = ready(Digits(8, eval_batch_size=4, crop_pct=0.5))
+    source = {"train": data.train_source, "val": data.val_source}
+    for loader, split in (
+        (data.val_dataloader(), "val"),
+        (data.test_dataloader(), "val"),
+        (data.predict_dataloader(), "val"),
+        (data.eval_train_dataloader(), "train"),
+    ):
+        images, plain = source[split].images[:4], EvalTransform(8)
+        centres = torch.stack([EvalTransform(8, 0.5)(image) for image in images])
+        assert not torch.equal(centres, torch.stack([plain(image) for image in images]))
+        assert torch.equal(next(iter(loader))[0], centres)
+    with pytest.raises(ConfigError, match=r"data\.crop_pct=0"):
+        Digits(8, crop_pct=0)
+
+
+# --- folders by stage -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_image_folder__evaluation_needs_no_training_images(root: Path, stage: str) -> None:
+    (root / "train").rename(root / "elsewhere")
+    data = ImageFolder(str(root), 8, 2, 0)
+    data.setup(stage)
+    assert (data.classes, len(data.val_source)) == (["cat", "dog"], 4)
+    with pytest.raises(ConfigError, match=r"there is no directory .*train"):
+        data.setup("fit")
+    (root / "elsewhere").rename(root / "train")
+    data.setup("fit")
+    assert len(data.train_source) == 6
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_image_folder__evaluation_needs_val(root: Path, stage: str) -> None:
+    (root / "val").rename(root / "elsewhere")
+    with pytest.raises(ConfigError, match=r"there is no directory .*val"):
+        ImageFolder(str(root)).setup(stage)
+
+
+def test_image_folder__setup_builds_only_what_is_missing(root: Path) -> None:
+    data = ready(ImageFolder(str(root), 8, 2, 0))
+    sources = data.train_source, data.val_source
+    for stage in ("validate", "test", "predict", "fit", None):
+        data.setup(stage)
+        assert (data.train_source, data.val_source) == sources
+
+
+def test_image_folder__classes_are_compared_when_training_follows_validation(root: Path) -> None:
+    (root / "val" / "dog").rename(root / "val" / "wolf")
+    data = ImageFolder(str(root))
+    data.setup("validate")
+    with pytest.raises(ConfigError, match="dog, wolf are in only one of them"):
+        data.setup("fit")
+
+
+def test_image_folder__predicts_val_by_default(root: Path) -> None:
+    data = ImageFolder(str(root), 8, 2, 0, eval_batch_size=3)
+    data.setup("predict")
+    names = [str(root / "val" / name) for name in ("cat/a.png", "cat/b.JPEG", "dog/a.png", "dog/b.JPEG")]
+    assert data.predict_names == names
+    assert torch.cat([numbers for _, numbers in data.predict_dataloader()]).tolist() == [0, 1, 2, 3]
+
+
+def test_image_folder__predicts_any_nested_folder(tmp_path: Path) -> None:
+    for value, name in ((10, "b/2.png"), (20, "a.PNG"), (30, "b/c/d/1.png"), (40, "b/1.png")):
+        (tmp_path / "new" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 12), (value, value, value)).save(tmp_path / "new" / name)
+    (tmp_path / "new" / "notes.txt").write_text("no picture")
+    data = ImageFolder(None, 8, 2, 0, eval_batch_size=3, predict_dir=str(tmp_path / "new"))
+    predictions = trainer().predict(Collector(), data)
+    assert torch.cat(predictions).tolist() == [0, 1, 2, 3]
+    assert data.predict_names == [
+        str(tmp_path / "new" / name) for name in ("a.PNG", "b/1.png", "b/2.png", "b/c/d/1.png")
+    ]
+    images = torch.cat([images for images, _ in data.predict_dataloader()])
+    assert images.shape == (4, 3, 8, 8)
+    assert images[:, 0, 0, 0].tolist() == [20, 40, 10, 30]
+    assert data.classes == []
+
+
+def test_image_folder__predictions_are_named_after_the_classes_of_val(root: Path, tmp_path: Path) -> None:
+    data = ImageFolder(str(root), 8, 2, 0, predict_dir=str(root / "train" / "cat"))
+    data.setup("predict")
+    assert (data.classes, len(data.predict_names)) == (["cat", "dog"], 3)
+    data.setup("fit")
+    assert (len(data.train_source), len(data.val_source), len(data.predict_names)) == (6, 4, 3)
+
+
+def test_image_folder__bad_predict_dir(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name, message in (("nowhere", "is not a directory"), ("empty", "holds no images")):
+        data = ImageFolder(predict_dir=str(tmp_path / name))
+        with pytest.raises(ConfigError, match=rf"data\.predict_dir=.*{name} {message}"):
+            data.setup("predict")
+        for stage in ("fit", "validate"):
+            with pytest.raises(ConfigError, match=r"data\.root is not set.*--data\.root"):
+                data.setup(stage)
+
+
+def test_image_folder__root_not_set() -> None:
+    with pytest.raises(ConfigError, match=r"data\.root is not set.*--data\.root"):
+        ImageFolder()
+
+
+def test_image_folder__first_classes(root: Path) -> None:
+    for split in ("train", "val"):
+        (root / split / "ant").mkdir()
+        Image.new("RGB", (4, 4), (7, 7, 7)).save(root / split / "ant" / "a.png")
+    (root / "val" / "dog").rename(root / "val" / "wolf")  # not among the first two
+    data = ready(ImageFolder(str(root), 8, 2, 0, first_classes=2))
+    assert (data.classes, data.num_classes) == (["ant", "cat"], 2)
+    assert [label for _, label in (data.train_source[i] for i in range(4))] == [0, 1, 1, 1]
+    assert (len(data.train_source), len(data.val_source)) == (4, 3)
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_image_folder__more_first_classes_than_there_are(root: Path, stage: str) -> None:
+    with pytest.raises(ConfigError, match=r"data\.first_classes=3 exceeds the 2 class folder\(s\) in"):
+        ImageFolder(str(root), first_classes=3).setup(stage)
+    with pytest.raises(ConfigError, match=r"data\.first_classes=0 must be at least 1"):
+        ImageFolder(str(root), first_classes=0)
+
+
+# --- on the command line ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "expected"),
+    [
+        ("MultiCrop", ["--data.train_transform.local_size", "8"], MultiCrop),
+        ("vil_lightning.data.MultiCrop", ["--data.train_transform.global_size", "96"], MultiCrop),
+        ("TrainTransform", ["--data.train_transform.color_jitter", "[0, 0, 0, 0]"], TrainTransform),
+        ("vil_lightning.data.TrainTransform", ["--data.train_transform.crop", "simple"], TrainTransform),
+    ],
+)
+def test_train_transform__either_kind_by_short_or_full_name(name: str, args: list[str], expected: type) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(L.LightningDataModule, "data")
+    config = parser.parse_args(["--data", "Digits", "--data.train_transform", name, *args, "--data.repeats", "2"])
+    data = parser.instantiate_classes(config).data
+    assert type(data.train_transform) is expected
+    key, value = args[0].rsplit(".", 1)[1], args[1]
+    assert str(getattr(data.train_transform, key)) in (value, "(0.0, 0.0, 0.0, 0.0)")
+    assert data.repeats == 2

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 
 from vil_lightning.data import Digits, MultiCrop
 from vil_lightning.data.loading import EpochSampler, ResumableLoader, TransformedDataset, seeded
@@ -23,10 +24,12 @@ class Numbered:
         return (gradient + index).to(torch.uint8), index
 
 
-def loader(rank: int = 0, world_size: int = 1, batch_size: int = BATCH, num_workers: int = 0) -> ResumableLoader:
+def loader(
+    rank: int = 0, world_size: int = 1, batch_size: int = BATCH, num_workers: int = 0, repeats: int = 1
+) -> ResumableLoader:
     transform = MultiCrop(global_size=8, local_size=4, num_local_views=1)
     dataset = TransformedDataset(Numbered(), transform, seed=5)
-    sampler = EpochSampler(dataset, world_size, rank, shuffle=True, seed=5, drop_last=True)
+    sampler = EpochSampler(dataset, world_size, rank, shuffle=True, seed=5, drop_last=True, repeats=repeats)
     return ResumableLoader(dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers, drop_last=True)
 
 
@@ -161,3 +164,89 @@ def test_data_module__seed_decides_the_batches() -> None:
 
     assert same(first_batch(1), first_batch(1))
     assert not torch.equal(first_batch(1)[0][0], first_batch(2)[0][0])
+
+
+# --- the order in which images are dealt, and repeated augmentation ---------------------------------------------------
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("world_size", [1, 3, 4, 50])
+def test_epoch_sampler__order_of_the_distributed_sampler(world_size: int, shuffle: bool) -> None:
+    for rank in range(world_size):
+        settings = {"num_replicas": world_size, "rank": rank, "shuffle": shuffle, "seed": 5, "drop_last": shuffle}
+        reference = DistributedSampler(Numbered(), **settings)
+        sampler = EpochSampler(Numbered(), **settings)
+        for epoch in (0, 3):
+            reference.set_epoch(epoch)
+            sampler.set_epoch(epoch)
+            assert list(sampler) == [(epoch, index) for index in reference]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("repeats", [2, 3])
+def test_repeats__copies_are_neighbours_and_the_epoch_keeps_its_length(world_size: int, repeats: int) -> None:
+    def dealt(repeats: int, epoch: int) -> list[tuple[int, int]]:
+        """What all processes get, in the order it is dealt in."""
+        samplers = [EpochSampler(Numbered(), world_size, rank, True, 5, True, repeats) for rank in range(world_size)]
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        return [key for keys in zip(*samplers, strict=True) for key in keys]
+
+    order = [index for _, index in dealt(1, 4)]
+    assert len(order) == COUNT - COUNT % world_size
+    expected = [(4 * repeats + repeat, index) for index in order for repeat in range(repeats)]
+    assert dealt(repeats, 4) == expected[: len(order)]
+    keys = [key for epoch in range(6) for key in dealt(repeats, epoch)]
+    assert len(set(keys)) == len(keys)  # no image is ever augmented the same way twice
+
+
+def test_repeats__copies_go_to_different_processes() -> None:
+    ranks = [list(EpochSampler(Numbered(), 2, rank, True, 5, True, 2)) for rank in range(2)]
+    assert [index for _, index in ranks[0]] == [index for _, index in ranks[1]]
+    assert {draw for draw, _ in ranks[0]} == {0}
+    assert {draw for draw, _ in ranks[1]} == {1}
+
+
+def test_repeats__copies_are_augmented_differently() -> None:
+    batches = epoch_of(loader(repeats=2))
+    assert len(batches) == COUNT // BATCH
+    different = 0
+    for views, labels in batches:
+        assert labels[0::2].tolist() == labels[1::2].tolist()
+        different += sum(not torch.equal(a, b) for a, b in zip(views[0][0::2], views[0][1::2], strict=True))
+    assert different > 0.8 * len(batches) * BATCH / 2
+
+
+def test_repeats__samples_independent_of_the_number_of_processes() -> None:
+    whole = epoch_of(loader(batch_size=6, repeats=3), 1)
+    parts = [epoch_of(loader(rank, 3, batch_size=2, repeats=3), 1) for rank in range(3)]
+    for batch, *shares in zip(whole, *parts, strict=True):
+        for rank, share in enumerate(shares):
+            assert same(share, ([view[rank::3] for view in batch[0]], batch[1][rank::3]))
+
+
+@pytest.mark.parametrize("done", [1, 3])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_repeats__resumes_in_mid_epoch(world_size: int, done: int) -> None:
+    def last() -> ResumableLoader:
+        return loader(world_size - 1, world_size, batch_size=3, repeats=2)  # 3: in the middle of two copies
+
+    whole = epoch_of(last(), 1)
+    assert len(whole) == COUNT // world_size // 3
+    resumed = last()
+    resumed.load_state_dict({"batches_done": done % len(whole)})
+    rest = epoch_of(resumed, 1)
+    assert all(same(a, b) for a, b in zip(rest, whole[done % len(whole) :], strict=True))
+
+
+def test_repeats__data_module_repeats_training_images_only() -> None:
+    data = Digits(8, 60, train_transform=MultiCrop(8, 4, 0, hflip_prob=0.0), seed=1, repeats=3)
+    data.setup()
+    train = data.train_dataloader()
+    assert len(train) == 1438 // 60
+    _, labels = next(iter(train))
+    assert labels[0::3].tolist() == labels[1::3].tolist() == labels[2::3].tolist()
+    assert len(set(labels[0::3].tolist())) > 5
+    for evaluation, count in ((data.val_dataloader(), 359), (data.eval_train_dataloader(), 1438)):
+        keys = list(evaluation.sampler)
+        assert keys == [(0, index) for index in range(count)]

@@ -5,38 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from measured import assert_rate, count_calls, image
 
 from vil_lightning.data import MultiCrop, transforms
 from vil_lightning.data.transforms import EvalTransform, random_crop_box
 from vil_lightning.errors import ConfigError
 
 DRAWS = 1500
-
-
-def image(size: int = 8) -> torch.Tensor:
-    return torch.randint(0, 256, (3, size, size), dtype=torch.uint8)
-
-
-def count_calls(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, int]:
-    """Replace operations by ones that only count."""
-    calls = dict.fromkeys(names, 0)
-
-    def replacement(name: str) -> Any:
-        def count(picture: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            calls[name] += 1
-            return picture
-
-        return count
-
-    for name in names:
-        monkeypatch.setattr(transforms.TF, name, replacement(name))
-    return calls
-
-
-def assert_rate(count: int, trials: int, probability: float) -> None:
-    """Within four standard deviations of the binomial distribution."""
-    deviation = math.sqrt(trials * probability * (1 - probability))
-    assert abs(count - trials * probability) <= 4 * deviation
 
 
 @pytest.mark.parametrize("num_local_views", [0, 1, 8])
@@ -186,6 +161,8 @@ def test_random_crop_box__whole_image() -> None:
         ({"global_size": 0}, "global_size"),
         ({"local_size": 0}, "local_size"),
         ({"global_size": 32, "local_size": 48}, "local_size=48 must not exceed global_size=32"),
+        ({"ratio": (4 / 3, 3 / 4)}, "ratio"),
+        ({"color_jitter": (0.4, 0.4, -0.2, 0.1)}, "color_jitter"),
     ],
 )
 def test_multi_crop__bad_arguments(arguments: dict[str, Any], message: str) -> None:
@@ -201,3 +178,17 @@ def test_eval_transform__short_side_then_centre() -> None:
     assert torch.equal(view, torch.full((3, 20, 20), 200, dtype=torch.uint8))
     assert EvalTransform(8)(picture).shape == (3, 8, 8)
     assert EvalTransform(64)(picture).shape == (3, 64, 64)
+
+
+@pytest.mark.parametrize(("crop_pct", "short_side"), [(1.0, 224), (0.875, 256), (0.9, 248)])
+def test_eval_transform__crop_pct(crop_pct: float, short_side: int) -> None:
+    picture = torch.randint(0, 256, (3, 300, 400), dtype=torch.uint8)
+    resized = transforms.TF.resize(picture, [short_side], interpolation=transforms._BICUBIC, antialias=True)
+    top, left = (short_side - 224) // 2, round((resized.shape[2] - 224) / 2)
+    assert torch.equal(EvalTransform(224, crop_pct)(picture), resized[:, top : top + 224, left : left + 224])
+
+
+@pytest.mark.parametrize("crop_pct", [0.0, 1.1, -0.5])
+def test_eval_transform__crop_pct_out_of_range(crop_pct: float) -> None:
+    with pytest.raises(ConfigError, match=rf"data\.crop_pct={crop_pct} must satisfy 0 < crop_pct <= 1"):
+        EvalTransform(8, crop_pct)

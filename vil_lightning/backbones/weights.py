@@ -1,5 +1,6 @@
 """Weights from files: the published raw checkpoints, checkpoints of this project, plain state dicts, safetensors."""
 
+import argparse
 import dataclasses
 import logging
 import pickle
@@ -8,7 +9,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
@@ -20,8 +21,8 @@ from vil_lightning.backbones.layers import resize_position_embedding
 _logger = logging.getLogger(__name__)
 
 # Where a Lightning checkpoint of this project keeps the backbone that is meant to be used, best first: the teacher of a
-# self-distillation run is the better network.
-_BACKBONE_PREFIXES = ("teacher.backbone.", "backbone.", "student.backbone.")
+# self-distillation run and the moving average of a supervised one are the better networks.
+_BACKBONE_PREFIXES = ("teacher.backbone.", "ema.module.", "backbone.", "student.backbone.")
 
 # Published raw name -> name here, first match wins. The raw names count scans one by one, as here. "@" is the branch.
 _RAW_NAMES: tuple[tuple[str, str], ...] = (
@@ -54,6 +55,14 @@ _RAW_NAMES: tuple[tuple[str, str], ...] = (
 _RAW_BRANCHES = {"": "0", "_rev": "1", "_du": "2", "_ud": "3"}
 # These raw weights are stored minus 1; the models here use plain LayerNorm gains.
 _RAW_GAIN_MINUS_ONE = re.compile(r".*\.(xlstm_norm|outnorm|post_blocks_norm)\.weight")
+
+
+@runtime_checkable
+class SupportsResize(Protocol):
+    """A model that knows how its `pos_embed` is laid out, e.g. where its class token has its row."""
+
+    def resize_pos_embed(self, table: Tensor) -> Tensor:
+        """The table resampled to the model's grid; the very same tensor if there is nothing to do."""
 
 
 class WeightsError(ValueError):
@@ -103,7 +112,7 @@ def load_weights(model: nn.Module, path: str | PathLike[str], allow_missing: Seq
     """
     state_dict = to_model_names(backbone_state_dict(read_file(path), path))
     own = model.state_dict()
-    state_dict, resized = _resize_position_embedding(state_dict, own)
+    state_dict, resized = _resize_position_embedding(state_dict, model)
 
     def allowed(name: str) -> bool:
         return any(name.startswith(prefix) for prefix in allow_missing)
@@ -145,7 +154,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     """Hook for timm: a state dict in any of the layouts of `load_weights`, made ready for `model`."""
     renamed = to_model_names(backbone_state_dict(state_dict, "pretrained weights"))
     own = model.state_dict()
-    renamed, _ = _resize_position_embedding(renamed, own)
+    renamed, _ = _resize_position_embedding(renamed, model)
     # Another pooling than the published one, of another width: its norm and classifier have to be learned anew.
     fresh = [n for n in renamed if n.startswith("fc_norm.") and n in own and own[n].shape != renamed[n].shape]
     if "head.weight" in renamed and "head.weight" in own and fresh:
@@ -161,6 +170,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 def read_file(path: str | PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint without ever unpickling anything but tensors and plain containers.
 
+    An `argparse.Namespace` counts as one: the published Vim files hold the arguments of their run. It has attributes
+    and no code that unpickling would run.
+
     Raises:
         WeightsError: If the file is damaged, holds other objects, or is not a dictionary.
     """
@@ -170,7 +182,8 @@ def read_file(path: str | PathLike[str]) -> dict[str, Any]:
         if Path(path).suffix == ".safetensors":
             content: Any = load_safetensors(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's own text is long, coloured, and recommends weights_only=False: only the object's name is of use here.
         forbidden = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -228,9 +241,13 @@ def to_model_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _resize_position_embedding(
-    state_dict: dict[str, Tensor], own: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], list[str]]:
+def _resize_position_embedding(state_dict: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+    """Resample the file's position embedding to the model's grid; also returns the names of what has changed."""
+    if isinstance(model, SupportsResize) and "pos_embed" in state_dict:
+        resized = model.resize_pos_embed(state_dict["pos_embed"])
+        changed = resized is not state_dict["pos_embed"]
+        return {**state_dict, "pos_embed": resized}, ["pos_embed"] if changed else []
+    own = model.state_dict()
     name = "pos_embed.embed"
     if name not in state_dict or name not in own:
         return state_dict, []

@@ -1,8 +1,22 @@
 """Observers: they look at a run and never change it."""
 
+from vil_lightning.callbacks.classification import ClassificationPictures
+from vil_lightning.callbacks.last_checkpoint import LastCheckpoint
 from vil_lightning.callbacks.online_knn import OnlineKNN
+from vil_lightning.callbacks.predictions import PredictionWriter
 from vil_lightning.callbacks.progress import RunProgressBar, Throughput
+from vil_lightning.callbacks.published_curve import PublishedCurve
 from vil_lightning.callbacks.run_summary import RunSummary
 from vil_lightning.callbacks.views import ViewPictures
 
-__all__ = ["OnlineKNN", "RunProgressBar", "RunSummary", "Throughput", "ViewPictures"]
+__all__ = [
+    "ClassificationPictures",
+    "LastCheckpoint",
+    "OnlineKNN",
+    "PredictionWriter",
+    "PublishedCurve",
+    "RunProgressBar",
+    "RunSummary",
+    "Throughput",
+    "ViewPictures",
+]

@@ -10,30 +10,39 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vil_lightning.data.loading import EpochSampler, ImageSource, ResumableLoader, SubsetSource, TransformedDataset
-from vil_lightning.data.transforms import EvalTransform, MultiCrop
+from vil_lightning.data.loading import (
+    EpochSampler,
+    ImageSource,
+    NumberedSource,
+    ResumableLoader,
+    SubsetSource,
+    TransformedDataset,
+)
+from vil_lightning.data.transforms import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, MultiCrop, TrainTransform
 from vil_lightning.errors import ConfigError
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class ImageDataModule(L.LightningDataModule):
     """Serves a labelled train and val set, under a training or the evaluation transform.
 
     A subclass says where images come from (`build_sources`); everything else is the same for all of them. Batches are
-    `(images, labels)`, under `MultiCrop` `([views, …], labels)`. Images leave the loader as uint8 and are normalised on
-    the device.
+    `(images, labels)`, under `MultiCrop` `([views, …], labels)`, in prediction `(images, numbers)`, where a number is an
+    index into `predict_names`. The val set also serves for testing and prediction. Images leave the loader as uint8 and
+    are normalised on the device.
 
     Args:
         img_size: Side in px of images under the evaluation transform.
         batch_size: Images per device and step.
         num_workers: Worker processes per loader.
-        train_transform: Random views for training; None trains on the evaluation transform.
+        train_transform: Random views (`MultiCrop`) or view (`TrainTransform`) for training; None trains on the evaluation
+            transform.
         eval_batch_size: Images per device and step without gradients; `batch_size` if None.
         mean: Per-channel mean, for pixel values in [0, 1].
         std: Per-channel standard deviation.
         seed: Of order and augmentation; the run's `seed_everything` if None.
+        crop_pct: Evaluation resizes the short side to `img_size / crop_pct` and crops the centre.
+        repeats: How often a training image occurs in a row, differently augmented each time (repeated augmentation). An
+            epoch keeps its length, and so sees 1/repeats of the images.
     """
 
     def __init__(
@@ -41,14 +50,22 @@ class ImageDataModule(L.LightningDataModule):
         img_size: int = 224,
         batch_size: int = 64,
         num_workers: int = 4,
-        train_transform: MultiCrop | None = None,
+        train_transform: MultiCrop | TrainTransform | None = None,
         eval_batch_size: int | None = None,
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
         seed: int | None = None,
+        crop_pct: float = 1.0,
+        repeats: int = 1,
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("img_size", img_size), ("eval_batch_size", eval_batch_size)):
+        positive = {
+            "batch_size": batch_size,
+            "img_size": img_size,
+            "eval_batch_size": eval_batch_size,
+            "repeats": repeats,
+        }
+        for name, value in positive.items():
             if value is not None and value < 1:
                 raise ConfigError(f"data.{name}={value} must be at least 1.")
         self.img_size = img_size
@@ -56,6 +73,8 @@ class ImageDataModule(L.LightningDataModule):
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_workers = num_workers
         self.train_transform = train_transform
+        self.eval_transform = EvalTransform(img_size, crop_pct)
+        self.repeats = repeats
         self.mean = tuple(mean)
         self.std = tuple(std)
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
@@ -78,6 +97,16 @@ class ImageDataModule(L.LightningDataModule):
         if not self.classes:
             self.train_source, self.val_source, self.classes = self.build_sources()
 
+    @property
+    def predict_source(self) -> ImageSource:
+        """The images to predict."""
+        return self.val_source
+
+    @property
+    def predict_names(self) -> list[str]:
+        """What to call the images to predict, in their order."""
+        return [f"val/{i}" for i in range(len(self.predict_source))]
+
     # --- loaders ------------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -91,8 +120,8 @@ class ImageDataModule(L.LightningDataModule):
                 f"data.batch_size={self.batch_size} on {world_size} process(es) needs {per_step} images for one step, but "
                 f"the training set has {num_images}. Use a smaller data.batch_size."
             )
-        transform = self.train_transform or EvalTransform(self.img_size)
-        self._train_loader = self._loader(self.train_source, transform, self.batch_size, shuffle=True)
+        transform = self.train_transform or self.eval_transform
+        self._train_loader = self._loader(self.train_source, transform, self.batch_size, True, self.repeats)
         if self._resume_from is not None:
             self._train_loader.load_state_dict(self._resume_from)
             self._resume_from = None
@@ -115,7 +144,14 @@ class ImageDataModule(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any]:
         if "val" in self._served:
             return self._served["val"]
-        return self._loader(self.val_source, EvalTransform(self.img_size), self.eval_batch_size, shuffle=False)
+        return self._eval_loader(self.val_source)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Batches of images and their numbers, in fixed order, under the evaluation transform."""
+        return self._eval_loader(NumberedSource(self.predict_source))
 
     def eval_train_dataloader(self, max_images: int | None = None) -> DataLoader[Any]:
         """The training images in fixed order, under the evaluation transform: a bank for kNN and probes.
@@ -128,7 +164,25 @@ class ImageDataModule(L.LightningDataModule):
         if max_images is not None and max_images < len(source):
             order = torch.randperm(len(source), generator=torch.Generator().manual_seed(self.seed))
             source = SubsetSource(source, order[:max_images].tolist())
-        return self._loader(source, EvalTransform(self.img_size), self.eval_batch_size, shuffle=False)
+        return self._eval_loader(source)
+
+    def real_images(self, batch_idx: int, num_images: int) -> Tensor:
+        """Which images of one of this process's val, test or prediction batches are to be counted.
+
+        All processes must make equally many steps, so where the images do not suffice for the last of them, the first
+        images are dealt once more.
+
+        Args:
+            batch_idx: Number of the batch on this process.
+            num_images: Its length.
+
+        Returns:
+            Mask (num_images,) on the CPU: False for an image that was dealt before.
+        """
+        world_size, rank = self._processes()
+        source = self.predict_source if self._predicting() else self.val_source
+        places = batch_idx * self.eval_batch_size + torch.arange(num_images)
+        return places * world_size + rank < len(source)
 
     def serve(self, train: DataLoader[Any], val: DataLoader[Any]) -> None:
         """Hand out these loaders instead of images from now on, e.g. features that were extracted once."""
@@ -139,15 +193,26 @@ class ImageDataModule(L.LightningDataModule):
             return 1, 0
         return self.trainer.world_size, self.trainer.global_rank
 
+    def _predicting(self) -> bool:
+        return self.trainer is not None and self.trainer.predicting
+
+    def _eval_loader(self, source: ImageSource) -> ResumableLoader:
+        return self._loader(source, self.eval_transform, self.eval_batch_size, shuffle=False)
+
     def _loader(
-        self, source: ImageSource, transform: Callable[[Tensor], Any], batch_size: int, shuffle: bool
+        self,
+        source: ImageSource,
+        transform: Callable[[Tensor], Any],
+        batch_size: int,
+        shuffle: bool,
+        repeats: int = 1,
     ) -> ResumableLoader:
         dataset = TransformedDataset(source, transform, self.seed)
         world_size, rank = self._processes()
         return ResumableLoader(
             dataset,
             batch_size=batch_size,
-            sampler=EpochSampler(dataset, world_size, rank, shuffle=shuffle, seed=self.seed, drop_last=shuffle),
+            sampler=EpochSampler(dataset, world_size, rank, shuffle, self.seed, drop_last=shuffle, repeats=repeats),
             num_workers=self.num_workers,
             drop_last=shuffle,
             pin_memory=torch.cuda.is_available(),
@@ -157,7 +222,7 @@ class ImageDataModule(L.LightningDataModule):
     # --- on the device ------------------------------------------------------------------------------------------------
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        if self._served:
+        if self._served and not self._predicting():  # no images
             return batch
         images, labels = batch
         if isinstance(images, list):

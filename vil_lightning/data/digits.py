@@ -2,30 +2,10 @@
 
 import torch
 from sklearn.datasets import load_digits
-from torch import Tensor
 
 from vil_lightning.data.datamodule import ImageDataModule
-from vil_lightning.data.loading import ImageSource
-from vil_lightning.data.transforms import MultiCrop
-
-
-class TensorSource:
-    """Images held in memory.
-
-    Args:
-        images: uint8 (N, 3, H, W).
-        labels: (N,).
-    """
-
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images = images
-        self.labels = labels.tolist()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], self.labels[index]
+from vil_lightning.data.loading import ImageSource, TensorSource
+from vil_lightning.data.transforms import MultiCrop, TrainTransform
 
 
 class Digits(ImageDataModule):
@@ -39,13 +19,17 @@ class Digits(ImageDataModule):
         img_size: int = 16,
         batch_size: int = 128,
         num_workers: int = 0,
-        train_transform: MultiCrop | None = None,
+        train_transform: MultiCrop | TrainTransform | None = None,
         eval_batch_size: int | None = 512,
         mean: tuple[float, float, float] = (0.305, 0.305, 0.305),
         std: tuple[float, float, float] = (0.376, 0.376, 0.376),
         seed: int | None = None,
+        crop_pct: float = 1.0,
+        repeats: int = 1,
     ) -> None:
-        super().__init__(img_size, batch_size, num_workers, train_transform, eval_batch_size, mean, std, seed)
+        super().__init__(
+            img_size, batch_size, num_workers, train_transform, eval_batch_size, mean, std, seed, crop_pct, repeats
+        )
 
     def build_sources(self) -> tuple[ImageSource, ImageSource, list[str]]:
         digits = load_digits()

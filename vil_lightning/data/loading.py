@@ -2,6 +2,7 @@
 
 Not on the number of workers or processes, nor on where a run was interrupted: the sampler hands the epoch to the
 data set together with the index, each sample draws its randomness from both, and the loader can start in mid-epoch.
+With repeated augmentation, where an image occurs several times in an epoch, "epoch" counts these occurrences, too.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-Key = tuple[int, int]  # (epoch, index)
+Key = tuple[int, int]  # (draw, index); draw = epoch * repeats + number of the repeat, simply the epoch without repeats
 
 
 class ImageSource(Protocol):
@@ -23,6 +24,25 @@ class ImageSource(Protocol):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """A uint8 image (3, H, W) and its class."""
         ...
+
+
+class TensorSource:
+    """Images held in memory.
+
+    Args:
+        images: uint8 (N, 3, H, W).
+        labels: (N,).
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images = images
+        self.labels = labels.tolist()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], self.labels[index]
 
 
 class SubsetSource:
@@ -37,6 +57,19 @@ class SubsetSource:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.source[self.indices[index]]
+
+
+class NumberedSource:
+    """The images of another source with their number in place of the class."""
+
+    def __init__(self, source: ImageSource) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.source[index][0], index
 
 
 @contextmanager
@@ -54,7 +87,7 @@ def seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
 
 
 class TransformedDataset(Dataset[tuple[Any, int]]):
-    """An image source behind a random transform, indexed by (epoch, index)."""
+    """An image source behind a random transform, indexed by (draw, index)."""
 
     def __init__(self, source: ImageSource, transform: Callable[[Tensor], Any], seed: int) -> None:
         self.source = source
@@ -65,29 +98,51 @@ class TransformedDataset(Dataset[tuple[Any, int]]):
         return len(self.source)
 
     def __getitem__(self, key: Key) -> tuple[Any, int]:
-        epoch, index = key
+        draw, index = key
         image, label = self.source[index]
-        with seeded(self.seed, epoch, index):
+        with seeded(self.seed, draw, index):
             return self.transform(image), label
 
 
 class EpochSampler(DistributedSampler[Key]):
-    """Shuffles (or not) over all processes and yields (epoch, index) pairs, optionally from the middle of an epoch.
+    """Deals the images to all processes in turn, as (draw, index) pairs, optionally from the middle of an epoch.
 
     Being a `DistributedSampler`, it is left alone by Lightning, which calls `set_epoch` on it.
+
+    Args:
+        repeats: How often an image is dealt in a row (repeated augmentation). An epoch keeps its length: it takes the first
+            1/repeats of the shuffled images. Copies are neighbours, so that they go to different processes.
     """
 
     def __init__(
-        self, dataset: Dataset[Any], num_replicas: int, rank: int, shuffle: bool, seed: int, drop_last: bool
+        self,
+        dataset: Dataset[Any],
+        num_replicas: int,
+        rank: int,
+        shuffle: bool,
+        seed: int,
+        drop_last: bool,
+        repeats: int = 1,
     ) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed, drop_last=drop_last)
+        self.repeats = repeats
         self.skip_samples = 0
 
     def __iter__(self) -> Iterator[Key]:
         skip, self.skip_samples = self.skip_samples, 0
-        for position, index in enumerate(super().__iter__()):
-            if position >= skip:
-                yield self.epoch, index  # type: ignore[misc]
+        order = self._order()
+        for place in range(skip, self.num_samples):
+            position = place * self.num_replicas + self.rank  # among those of all processes
+            image, repeat = divmod(position, self.repeats)
+            # Without drop_last there may be more positions than images: the first ones come again.
+            yield self.epoch * self.repeats + repeat, order[image % len(order)]
+
+    def _order(self) -> list[int]:
+        """All images in this epoch's order, the same as in `DistributedSampler`."""
+        num_images = len(self.dataset)  # type: ignore[arg-type]
+        if not self.shuffle:
+            return list(range(num_images))
+        return torch.randperm(num_images, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
 
 
 class ResumableLoader(DataLoader[Any]):

@@ -7,13 +7,21 @@ from typing import Any
 import timm
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 import vil_lightning  # noqa: F401 - registers the ViL models with timm
-from vil_lightning.backbones.weights import WeightsError, load_weights, read_file
+from vil_lightning.backbones.weights import (
+    WeightsError,
+    backbone_state_dict,
+    load_weights,
+    read_file,
+    to_model_names,
+)
 from vil_lightning.errors import ConfigError
 
 CHECKPOINT_KEY = "backbone"  # what every method writes into its checkpoints: name and kwargs of its backbone
+CLASSES_KEY = "classes"  # the names of the classes, in a checkpoint of a classifier
 
 
 @dataclasses.dataclass
@@ -68,11 +76,13 @@ def check_resumed_backbone(checkpoint: dict[str, Any], config: BackboneConfig) -
         )
 
 
-def build_backbone(config: BackboneConfig) -> nn.Module:
-    """The model without classifier, returning its pooled vector.
+def build_backbone(config: BackboneConfig, num_classes: int = 0, new_head: bool = False) -> nn.Module:
+    """The model with its weights.
 
     Args:
         config: After `resolve_backbone`.
+        num_classes: Outputs of the classifier; 0 for a model without one, which returns its pooled vector.
+        new_head: Initialise the classifier anew, also if the weights hold one.
 
     Raises:
         ConfigError: For an unknown name, arguments the model refuses, or weights that do not fit.
@@ -86,17 +96,56 @@ def build_backbone(config: BackboneConfig) -> nn.Module:
             "timm.list_models() names all of them; ViL models start with 'vil'."
         )
     kwargs = config.kwargs
+    if kwargs.get("pretrained") and num_classes and not new_head:
+        own = getattr(get_pretrained_cfg(name), "num_classes", num_classes)
+        if own != num_classes:
+            raise ConfigError(
+                f"model.backbone.kwargs.pretrained: the classifier of {name} has {own} classes, {num_classes} are wanted. "
+                "Set model.new_head=true for a new one."
+            )
     try:
-        model = timm.create_model(name, num_classes=0, **kwargs)
+        model = timm.create_model(name, num_classes=num_classes, **kwargs)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise ConfigError(f"model.backbone: {name} cannot be built with kwargs={kwargs}: {error}") from error
     if config.weights is not None:
+        # The norm before the classifier belongs to a read-out: another read-out needs a new one.
+        replaceable = ("fc_norm.", *classifier_names(model)) if new_head or not num_classes else ()
         try:
-            report = load_weights(model, config.weights, allow_missing=("fc_norm.", "head."))
+            report = load_weights(model, config.weights, allow_missing=replaceable)
         except (WeightsError, FileNotFoundError) as error:
-            raise ConfigError(f"model.backbone.weights: {error}") from error
+            hint = " Set model.new_head=true for a new classifier." if num_classes and not new_head else ""
+            raise ConfigError(f"model.backbone.weights: {error}{hint}") from error
         rank_zero_info(f"Backbone weights from {report}")
+    if new_head and num_classes:
+        model.reset_classifier(num_classes)
+        rank_zero_info(f"The classifier ({num_classes} classes) is new.")
     return model
+
+
+def classifier_names(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the names of the classifier's parameters, e.g. `("head.",)`."""
+    names = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
+    return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+
+
+def recorded_num_classes(config: BackboneConfig) -> int | None:
+    """Outputs of the classifier in `config.weights`, or of timm's pretrained weights; None if there is none."""
+    cfg = get_pretrained_cfg(config.name or "")
+    if config.weights is None:
+        return getattr(cfg, "num_classes", None) if config.kwargs.get("pretrained") else None
+    try:
+        state_dict = to_model_names(backbone_state_dict(_read(config.weights), config.weights))
+    except WeightsError as error:
+        raise ConfigError(f"model.backbone.weights: {error}") from error
+    names = getattr(cfg, "classifier", None) or "head"
+    weight = state_dict.get(f"{names if isinstance(names, str) else names[0]}.weight")
+    return None if weight is None else int(weight.shape[0])
+
+
+def recorded_classes(config: BackboneConfig, num_classes: int) -> list[str]:
+    """Names of the classes that a checkpoint of this project records in `config.weights`; none if they are not so many."""
+    names = _read(config.weights).get(CLASSES_KEY) if config.weights is not None else None
+    return [str(name) for name in names] if isinstance(names, list) and len(names) == num_classes else []
 
 
 def check_input_size(backbone: nn.Module, size: int, key: str) -> None:
@@ -125,6 +174,8 @@ def patch_tokens(backbone: nn.Module, features: Tensor) -> Tensor:
         if getattr(backbone, "output_fmt", "NCHW") == "NHWC":  # e.g. Swin
             return features.flatten(1, 2)
         return features.flatten(2).transpose(1, 2)  # (B, D, h, w) of a convolutional network
+    if hasattr(backbone, "split_tokens"):  # class tokens may stand anywhere
+        return backbone.split_tokens(features)[0]  # type: ignore[operator]
     return features[:, int(getattr(backbone, "num_prefix_tokens", 0)) :]
 
 

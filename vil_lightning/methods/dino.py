@@ -32,9 +32,11 @@ from vil_lightning.methods.backbone import (
     feature_dim,
     resolve_backbone,
 )
+from vil_lightning.methods.divergence import FiniteCheck
 from vil_lightning.methods.randomness import seed_step
+from vil_lightning.methods.run_length import global_batch_size, resolve_durations
 from vil_lightning.optim import clip_grad_per_tensor, scale_lr, weight_decay_groups
-from vil_lightning.schedules import Duration, cosine, linear_then_constant, resolve_steps, warmup_cosine
+from vil_lightning.schedules import Duration, cosine, linear_then_constant, warmup_cosine
 
 
 class DINO(L.LightningModule):
@@ -135,7 +137,10 @@ class DINO(L.LightningModule):
             self.student["backbone"].compile()
             self.teacher["backbone"].compile()
         self._grad_norm = torch.zeros(())
-        self._loss_to_check: Tensor | None = None
+        self._finite = FiniteCheck(
+            "a lower model.base_lr, a longer model.lr_warmup, a smaller model.clip_grad, or trainer.precision=bf16-mixed "
+            "instead of 16-mixed."
+        )
         self._symptoms = _Symptoms()
 
     # --- the method ---------------------------------------------------------------------------------------------------
@@ -150,7 +155,7 @@ class DINO(L.LightningModule):
         return self
 
     def training_step(self, batch: tuple[list[Tensor], Tensor], batch_idx: int) -> Tensor:
-        self._raise_if_not_finite()
+        self._finite.raise_if_not_finite(self, self.scheduled("lr"))
         views, _ = batch
         with torch.no_grad():
             teacher_logits = self.teacher["head"](self.teacher["backbone"](torch.cat(views[:2])))  # (2 B, K)
@@ -163,8 +168,7 @@ class DINO(L.LightningModule):
             student_views = list(student_logits.float().chunk(len(views)))
             center = self.loss.center.clone()  # the loss moves it
             loss = self.loss(teacher_views, student_views, teacher_temp=teacher_temp)
-        # Of all ranks: their gradients are averaged, so one broken loss breaks every rank, and all have to stop together.
-        self._loss_to_check = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
+        self._finite.watch_loss(self, loss)
         self.log("train/loss", loss, prog_bar=True)
         if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log_health(loss.detach(), teacher_views, center, teacher_temp, features.detach())
@@ -199,9 +203,7 @@ class DINO(L.LightningModule):
                 group["weight_decay"] = weight_decay
         momentum = self.scheduled("teacher_momentum")
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is None and self._loss_to_check is not None:  # with one, steps with infinite gradients are skipped
-            self._loss_to_check = self._loss_to_check + 0 * self._grad_norm.to(self._loss_to_check)
+        self._finite.watch_grad_norm(self, self._grad_norm)
         # Here, not at the end of the batch: a checkpoint written there must hold this step's teacher.
         update_momentum(self.student, self.teacher, momentum)
         for teacher_buffer, student_buffer in zip(self.teacher.buffers(), self.student.buffers(), strict=True):
@@ -219,29 +221,15 @@ class DINO(L.LightningModule):
     # --- schedules and optimiser --------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        total = self.trainer.estimated_stepping_batches
-        if not math.isfinite(total):
-            raise ConfigError("The schedules need the length of the run: set trainer.max_epochs or trainer.max_steps.")
-        total_steps = int(total)
-        if self.trainer.train_dataloader is None:  # with max_steps alone, nothing has asked for it yet
-            self.trainer.fit_loop.setup_data()
-        # As Lightning counts: what is left at the end of an epoch makes a step of its own.
-        steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
-        durations: dict[str, Duration] = {
-            "lr_warmup": self.lr_warmup,
-            "teacher_temp_warmup": self.teacher_temp_warmup,
-            "freeze_last_layer": self.freeze_last_layer,
-        }
-        self.schedule_steps = {
-            key: resolve_steps(value, steps_per_epoch=steps_per_epoch, total_steps=total_steps, key=f"model.{key}")
-            for key, value in durations.items()
-        }
-        self.schedule_steps["total"] = total_steps
-        datamodule = getattr(self.trainer, "datamodule", None)
-        per_device = getattr(datamodule, "batch_size", None)
-        if per_device is None:
-            raise ConfigError("DINO needs a data module with a batch_size, to scale its learning rate.")
-        self.global_batch_size = per_device * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        self.schedule_steps = resolve_durations(
+            self.trainer,
+            {
+                "lr_warmup": self.lr_warmup,
+                "teacher_temp_warmup": self.teacher_temp_warmup,
+                "freeze_last_layer": self.freeze_last_layer,
+            },
+        )
+        self.global_batch_size = global_batch_size(self.trainer)
         self.lr = scale_lr(self.base_lr, self.global_batch_size)
         groups = weight_decay_groups(self.student, self.weight_decay)
         # With a gradient scaler (16-mixed) fused AdamW would unscale inside step(), after the gradients were clipped.
@@ -316,7 +304,9 @@ class DINO(L.LightningModule):
         return command
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._raise_if_not_finite()  # never overwrite a good checkpoint with a broken one
+        self._finite.raise_if_not_finite(
+            self, self.scheduled("lr")
+        )  # never overwrite a good checkpoint with a broken one
         checkpoint[CHECKPOINT_KEY] = {"name": self.backbone_config.name, "kwargs": self.backbone_config.kwargs}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -328,17 +318,6 @@ class DINO(L.LightningModule):
                     f"ckpt_path: {name} is {tuple(value.shape)} in the checkpoint, but {shapes[name]} here. Resume with the "
                     "model.num_prototypes and head sizes of that run."
                 )
-
-    def _raise_if_not_finite(self) -> None:
-        # The loss of the step before: by now it is computed, and reading it does not stall the device.
-        loss, self._loss_to_check = self._loss_to_check, None
-        if loss is not None and not torch.isfinite(loss):
-            raise RuntimeError(
-                f"train/loss or the gradient is {loss.item()} at step {self.trainer.global_step} "
-                f"(lr={self.scheduled('lr'):.3g}, precision={self.trainer.precision}). The run has diverged. Resume from the "
-                "last checkpoint with a lower model.base_lr, a longer model.lr_warmup, a smaller model.clip_grad, or "
-                "trainer.precision=bf16-mixed instead of 16-mixed."
-            )
 
     @torch.no_grad()
     def _log_health(
