@@ -278,3 +278,19 @@ def test_other_content__is_refused(content: Any, match: str, tmp_path: Path) -> 
 def test_missing_file__is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"No weights file at .*nowhere\.pt"):
         load_weights(build(), tmp_path / "nowhere.pt")
+
+
+@pytest.mark.parametrize("prefix", ["class token", "none"])
+def test_load_weights__resamples_the_position_table_of_timms_transformers(prefix: str, tmp_path: Path) -> None:
+    name = {"class token": "vit_tiny_patch16_224", "none": "deit3_small_patch16_224"}[prefix]  # deit3: no row for it
+    kwargs = {"embed_dim": 48, "depth": 1, "num_classes": 0, "num_heads": 3}
+    small = timm.create_model(name, img_size=64, **kwargs)
+    torch.save(small.state_dict(), tmp_path / "small.pt")
+    model = timm.create_model(name, img_size=96, **kwargs)
+    report = load_weights(model, tmp_path / "small.pt")
+    assert (report.resized, report.missing, report.unexpected) == (["pos_embed"], [], [])
+    rows = 1 if prefix == "class token" else 0
+    assert torch.equal(model.pos_embed[:, :rows], small.pos_embed[:, :rows])
+    table = small.pos_embed[:, rows:].detach().unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(table, (6, 6), mode="bicubic", antialias=True)
+    torch.testing.assert_close(model.pos_embed[:, rows:].detach(), expected.permute(0, 2, 3, 1).flatten(1, 2))

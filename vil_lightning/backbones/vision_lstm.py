@@ -460,7 +460,7 @@ class VisionLSTM(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        return {"pos_embed.embed", "cls_tokens"}
+        return {"pos_embed.embed"} if self.cls_tokens is None else {"pos_embed.embed", "cls_tokens"}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[float, ...]]:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import logging
+import math
 import pickle
 import re
 import zipfile
@@ -14,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file as load_safetensors
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from vil_lightning.backbones.layers import resize_position_embedding
@@ -248,13 +250,17 @@ def _resize_position_embedding(state_dict: dict[str, Tensor], model: nn.Module) 
         changed = resized is not state_dict["pos_embed"]
         return {**state_dict, "pos_embed": resized}, ["pos_embed"] if changed else []
     own = model.state_dict()
-    name = "pos_embed.embed"
-    if name not in state_dict or name not in own:
-        return state_dict, []
-    old, new = state_dict[name], own[name]
-    if old.shape == new.shape or old.ndim != 4 or old.shape[-1] != new.shape[-1]:
-        return state_dict, []
-    return {**state_dict, name: resize_position_embedding(old, (new.shape[1], new.shape[2]))}, [name]
+    for name in ("pos_embed.embed", "pos_embed"):  # ViL's; that of timm's transformers
+        old, new = state_dict.get(name), own.get(name)
+        if old is None or new is None or old.shape == new.shape or old.ndim != new.ndim or old.shape[-1] != new.shape[-1]:
+            continue
+        if old.ndim == 4:
+            return {**state_dict, name: resize_position_embedding(old, (new.shape[1], new.shape[2]))}, [name]
+        if old.ndim == 3 and hasattr(model, "patch_embed"):
+            grid = list(model.patch_embed.grid_size)  # type: ignore[union-attr,arg-type]
+            num_prefix_tokens = new.shape[1] - math.prod(grid)
+            return {**state_dict, name: resample_abs_pos_embed(old, grid, num_prefix_tokens=num_prefix_tokens)}, [name]
+    return state_dict, []
 
 
 def _first_line(error: BaseException) -> str:

@@ -35,7 +35,7 @@ class ClassificationPictures(L.Callback):
         if trainer.sanity_checking:
             return False
         epoch = trainer.current_epoch + 1
-        last = epoch == trainer.max_epochs or not trainer.training and trainer.state.fn != "fit"
+        last = epoch == trainer.max_epochs or (not trainer.training and trainer.state.fn != "fit")
         return last or epoch % self.every_n_epochs == 0
 
     def on_validation_batch_end(
@@ -57,7 +57,9 @@ class ClassificationPictures(L.Callback):
                 self._counts = torch.zeros(num_classes, num_classes, dtype=torch.long, device=logits.device)
             cells = torch.bincount(labels * num_classes + predictions, minlength=num_classes**2)
             self._counts += cells.view(num_classes, num_classes)
-        losses = F.cross_entropy(logits, labels, reduction="none")  # of no image, maybe: all processes count all the same
+        losses = F.cross_entropy(
+            logits, labels, reduction="none"
+        )  # of no image, maybe: all processes count all the same
         for i in losses.topk(min(self.num_worst, len(losses))).indices.tolist():
             picture = trainer.datamodule.denormalize(images[i]).cpu()  # type: ignore[attr-defined]
             self._worst.append((losses[i].item(), picture, int(labels[i]), int(predictions[i])))

@@ -5,11 +5,15 @@ from datetime import timedelta
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import RichProgressBar
 
 
 class Throughput(L.Callback):
-    """Logs `speed/images_per_second` over all devices, as often as other metrics; pauses (validation) are not counted."""
+    """Logs `speed/images_per_second` over all devices, as often as other metrics; pauses (validation) are not counted.
+
+    On a CUDA device also `speed/peak_memory_gib`: the most that tensors have taken on it so far.
+    """
 
     def __init__(self) -> None:
         self._images = 0
@@ -31,6 +35,8 @@ class Throughput(L.Callback):
         if trainer.global_step % trainer.log_every_n_steps == 0 and self._seconds > 0:  # type: ignore[attr-defined]
             pl_module.log("speed/images_per_second", self._images / self._seconds)
             self._images, self._seconds = 0, 0.0
+            if pl_module.device.type == "cuda":
+                pl_module.log("speed/peak_memory_gib", torch.cuda.max_memory_allocated(pl_module.device) / 2**30)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._last = None

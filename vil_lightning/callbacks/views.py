@@ -10,10 +10,12 @@ from torchvision.utils import make_grid
 
 
 class ViewPictures(L.Callback):
-    """Writes the views of a few images to TensorBoard: a row per image, a column per view, global views first.
+    """Writes what a few images look like after augmentation to TensorBoard.
+
+    Under multi-crop a row per image and a column per view, global views first; otherwise one view of each image.
 
     Args:
-        num_images: Rows.
+        num_images: How many images.
         every_n_epochs: How often, from the first epoch on.
         size: Side in px at which every view is shown.
     """
@@ -26,8 +28,9 @@ class ViewPictures(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx != 0 or trainer.current_epoch % self.every_n_epochs or not trainer.is_global_zero:
             return
-        views = batch[0]
-        if not isinstance(views, list):
+        several = isinstance(batch[0], list)
+        views = batch[0] if several else [batch[0]]
+        if views[0].ndim != 4:  # features, not images
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         columns = []
@@ -40,7 +43,8 @@ class ViewPictures(L.Callback):
             padding = (margin // 2, margin - margin // 2) * 2
             columns.append(F.pad(pictures, padding, value=0.5))
         rows = torch.stack(columns, dim=1).flatten(0, 1)
-        sheet = make_grid(rows, nrow=len(columns), padding=4, pad_value=1.0)
+        sheet = make_grid(rows, nrow=len(columns) if several else 4, padding=4, pad_value=1.0)
+        tag = "views/global_then_local" if several else "views/augmented"
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("views/global_then_local", sheet.cpu(), trainer.global_step)
+                logger.experiment.add_image(tag, sheet.cpu(), trainer.global_step)

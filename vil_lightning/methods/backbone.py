@@ -21,6 +21,7 @@ from vil_lightning.backbones.weights import (
 from vil_lightning.errors import ConfigError
 
 CHECKPOINT_KEY = "backbone"  # what every method writes into its checkpoints: name and kwargs of its backbone
+CLASSES_KEY = "classes"  # what those with a classifier add: the names of its classes
 CLASSES_KEY = "classes"  # the names of the classes, in a checkpoint of a classifier
 
 
@@ -38,6 +39,10 @@ class BackboneConfig:
     name: str | None = None
     weights: str | None = None
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # On the command line, jsonargparse (4.53) turns a null inside `--model.backbone.kwargs` into this text.
+        self.kwargs = {key: None if value == "None" else value for key, value in self.kwargs.items()}
 
 
 def resolve_backbone(config: BackboneConfig) -> BackboneConfig:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
@@ -40,6 +39,7 @@ from vil_lightning.methods.randomness import seed_step
 from vil_lightning.methods.run_length import global_batch_size, resolve_durations
 from vil_lightning.optim import clip_grad_per_tensor, layer_lr_scales, scale_lr, weight_decay_groups
 from vil_lightning.schedules import Duration, linear_cosine
+
 
 class Supervised(L.LightningModule):
     """A timm model with its classifier. `fit` trains it, `validate` and `test` score it, `predict` lists classes per image.
@@ -454,7 +454,6 @@ class Supervised(L.LightningModule):
                 f"ckpt_path: {name} is {shape} in the checkpoint, but {tuple(self.state_dict()[name].shape)} here. --ckpt_path "
                 "continues a run; to start a new one from its weights use --model.backbone.weights (and model.new_head)."
             )
-        rank_zero_info(f"Classes: {len(self.classes)}")
 
 
 def _check_ranges(

@@ -1,5 +1,13 @@
 """Sequence operators. This package needs torch and nothing else."""
 
 from vil_lightning.ops.mlstm import MLSTM_BACKENDS, MLSTMBackend, mlstm
+from vil_lightning.ops.selective_scan import SELECTIVE_SCAN_BACKENDS, SelectiveScanBackend, selective_scan
 
-__all__ = ["MLSTM_BACKENDS", "MLSTMBackend", "mlstm"]
+__all__ = [
+    "MLSTM_BACKENDS",
+    "SELECTIVE_SCAN_BACKENDS",
+    "MLSTMBackend",
+    "SelectiveScanBackend",
+    "mlstm",
+    "selective_scan",
+]
