@@ -252,7 +252,13 @@ def _resize_position_embedding(state_dict: dict[str, Tensor], model: nn.Module) 
     own = model.state_dict()
     for name in ("pos_embed.embed", "pos_embed"):  # ViL's; that of timm's transformers
         old, new = state_dict.get(name), own.get(name)
-        if old is None or new is None or old.shape == new.shape or old.ndim != new.ndim or old.shape[-1] != new.shape[-1]:
+        if (
+            old is None
+            or new is None
+            or old.shape == new.shape
+            or old.ndim != new.ndim
+            or old.shape[-1] != new.shape[-1]
+        ):
             continue
         if old.ndim == 4:
             return {**state_dict, name: resize_position_embedding(old, (new.shape[1], new.shape[2]))}, [name]
