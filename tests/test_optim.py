@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import vil_lightning  # noqa: F401 - registers the ViL models with timm
-from vil_lightning.optim import clip_grad_per_tensor, scale_lr, weight_decay_groups
+from vil_lightning.optim import clip_grad_per_tensor, layer_lr_scales, scale_lr, weight_decay_groups
 
 
 def names_of(module: nn.Module, parameters: list[nn.Parameter]) -> set[str]:
@@ -104,3 +104,56 @@ def test_clip_grad_per_tensor__none_only_measures() -> None:
 
 def test_clip_grad_per_tensor__no_gradients() -> None:
     assert float(clip_grad_per_tensor([torch.zeros(2, requires_grad=True)], 1.0)) == 0.0
+
+
+def vil2_tiny_layer(name: str) -> int:
+    """0 is the stem, 1 to 12 are the pairs of scans, 13 is the norm after the blocks and the head."""
+    if name.startswith(("patch_embed.", "pos_embed.")):
+        return 0
+    return int(name.split(".")[1]) // 2 + 1 if name.startswith("blocks.") else 13
+
+
+def test_layer_lr_scales__vil2_tiny() -> None:
+    model = timm.create_model("vil2_tiny_patch16_224", img_size=192)
+    scales = layer_lr_scales(model, 0.65)
+    assert scales.keys() == dict(model.named_parameters()).keys()
+    for name, scale in scales.items():
+        assert scale == pytest.approx(0.65 ** (13 - vil2_tiny_layer(name)), rel=1e-12), name
+    assert scales["patch_embed.proj.weight"] == pytest.approx(0.65**13)
+    assert scales["blocks.0.norm.weight"] == scales["blocks.1.norm.weight"] == pytest.approx(0.65**12)
+    assert scales["blocks.23.mixer.proj_up.weight"] == pytest.approx(0.65)
+    assert scales["norm.weight"] == scales["fc_norm.weight"] == scales["head.weight"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"), [("vil_tiny_patch16_224", 14), ("deit3_small_patch16_224", 14), ("resnet18", 10)]
+)
+def test_layer_lr_scales__of_any_model(name: str, layers: int) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    scales = layer_lr_scales(model, 0.5)
+    assert scales.keys() == dict(model.named_parameters()).keys()
+    assert sorted(set(scales.values())) == [0.5 ** (layers - 1 - layer) for layer in range(layers)]
+    classifier = model.get_classifier()
+    assert {scales[n] for n, p in model.named_parameters() if any(p is q for q in classifier.parameters())} == {1.0}
+
+
+def test_weight_decay_groups__with_layer_decay() -> None:
+    model = timm.create_model("vil2_tiny_patch16_224", img_size=192)
+    groups = weight_decay_groups(model, 0.05, layer_lr_scales(model, 0.65))
+    assert len(groups) == len({group["name"] for group in groups}) == 2 * 14
+    assert sum(len(group["params"]) for group in groups if group["weight_decay"] == 0.05) == 194
+    assert sum(len(group["params"]) for group in groups if group["weight_decay"] == 0.0) == 319
+    for group in groups:
+        layers = {vil2_tiny_layer(name) for name in names_of(model, group["params"])}
+        assert len(layers) == 1
+        assert group["lr_scale"] == pytest.approx(0.65 ** (13 - layers.pop()), rel=1e-12)
+
+
+def test_weight_decay_groups__scale_is_one_without_layer_decay() -> None:
+    assert [group["lr_scale"] for group in weight_decay_groups(nn.Linear(2, 2), 0.1)] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(("base", "batch", "expected"), [(1e-3, 2048, 2e-3), (1e-3, 1024, 1e-3), (1e-5, 1024, 1e-5)])
+def test_scale_lr__of_the_published_recipes(base: float, batch: int, expected: float) -> None:
+    assert scale_lr(base, batch, 1024) == pytest.approx(expected)

@@ -139,6 +139,7 @@ def test_throughput__counts_images_per_second(monkeypatch: pytest.MonkeyPatch) -
 
     class Stub:
         world_size, log_every_n_steps, global_step = 2, 2, 1
+        device = torch.device("cpu")
 
         def log(self, name: str, value: float) -> None:
             logged[name] = value

@@ -1,5 +1,6 @@
 """The smallest runs that still have every part: shared by the tests of the methods."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,9 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from vil_lightning.data import Digits, MultiCrop
+from vil_lightning.data import Digits, MultiCrop, TrainTransform
 from vil_lightning.data.loading import ImageSource
-from vil_lightning.methods import DINO, BackboneConfig
+from vil_lightning.methods import DINO, BackboneConfig, Supervised
 
 VIL = "vil2_tiny_patch16_224"
 SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2}
@@ -90,3 +91,51 @@ class Recorder(L.Callback):
         self.states.append(state(pl_module))
         self.losses.append(float(outputs["loss"]))
         self.learning_rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+# --- supervised -------------------------------------------------------------------------------------------------------
+
+
+def pictures(batch_size: int = 8, data: type[FewDigits] = FewDigits, **kwargs: Any) -> FewDigits:
+    """Digits under one random view; 4 steps per epoch with the default batch."""
+    view = TrainTransform(16, scale=(0.6, 1.0), hflip_prob=0.0, three_augment=False)
+    return data(16, batch_size, **{"train_transform": view, "eval_batch_size": 8, "seed": 0, **kwargs})
+
+
+def supervised(
+    drop_path_rate: float = 0.0, kind: type[Supervised] = Supervised, weights: Any = None, **kwargs: Any
+) -> Supervised:
+    settings: dict[str, Any] = {"lr_warmup": "2 steps", "base_lr": 0.5, "final_lr": 1e-4}
+    config = BackboneConfig(VIL, weights and str(weights), {**SMALL, "drop_path_rate": drop_path_rate})
+    model = kind(config, **{**settings, **kwargs})
+    torch.manual_seed(1)  # the network is built when the run starts
+    return model
+
+
+def built(model: Supervised) -> Supervised:
+    """The module with its network, without a run; needs `num_classes`."""
+    model.trainer = trainer()
+    model.configure_model()
+    return model
+
+
+class Steps(L.Callback):
+    """Keeps the network a run starts with, its batches, and what is there after every batch."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[Tensor, Tensor]] = []
+        self.states: list[dict[str, Tensor]] = []
+        self.losses: list[float] = []
+        self.rates: list[dict[int, float]] = []  # learning rate of each parameter, by id
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.start = copy.deepcopy(pl_module.backbone)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.batches.append((batch[0].clone(), batch[1].clone()))
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.states.append(state(pl_module))
+        self.losses.append(float(outputs["loss"]))
+        groups = trainer.optimizers[0].param_groups
+        self.rates.append({id(p): group["lr"] for group in groups for p in group["params"]})

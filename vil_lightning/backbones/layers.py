@@ -26,20 +26,26 @@ class ClassTokens(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What the tokens of a sequence are: `h * w` patches in row-major order, and class tokens."""
+    """What the tokens of a sequence are: patches of an `h x w` grid in row-major order, and class tokens.
+
+    With `visible` (B, K), sorted, only those patches of each image are in the sequence (masked pretraining).
+    """
 
     h: int
     w: int
     cls: ClassTokens = ClassTokens()
+    visible: Tensor | None = None
 
     @property
     def seq_len(self) -> int:
-        return self.h * self.w + sum(self.cls)
+        num_patches = self.h * self.w if self.visible is None else self.visible.shape[1]
+        return num_patches + sum(self.cls)
 
     @property
     def transposed(self) -> "Layout":
         """The layout of `to_columns(x)`."""
-        return Layout(self.w, self.h, self.cls)
+        visible = None if self.visible is None else self._column_places().sort(dim=1).values
+        return Layout(self.w, self.h, self.cls, visible)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S, C) -> patches (B, N, C) and class tokens (B, n, C)."""
@@ -56,8 +62,33 @@ class Layout(NamedTuple):
     def to_columns(self, x: Tensor) -> Tensor:
         """(B, S, C) with the patches in column-major order; class tokens keep their places."""
         patches, cls_tokens = self.split(x)
-        patches = patches.unflatten(1, (self.h, self.w)).transpose(1, 2).flatten(1, 2)
+        if self.visible is None:
+            patches = patches.unflatten(1, (self.h, self.w)).transpose(1, 2).flatten(1, 2)
+        else:
+            patches = take_tokens(patches, self._column_places().argsort(dim=1))
         return self.join(patches, cls_tokens)
+
+    def to_grid(self, patches: Tensor) -> Tensor:
+        """Patches (B, K, C) -> (B, h, w, C), with zeros where a patch is hidden."""
+        if self.visible is not None:
+            empty = patches.new_zeros(patches.shape[0], self.h * self.w, patches.shape[2])
+            patches = empty.scatter(1, self.visible[..., None].expand_as(patches), patches)
+        return patches.unflatten(1, (self.h, self.w))
+
+    def from_grid(self, image: Tensor) -> Tensor:
+        """Undoes `to_grid`."""
+        patches = image.flatten(1, 2)
+        return patches if self.visible is None else take_tokens(patches, self.visible)
+
+    def _column_places(self) -> Tensor:
+        """Column-major numbers (B, K) of the visible patches."""
+        assert self.visible is not None
+        return self.visible % self.w * self.h + self.visible // self.w
+
+
+def take_tokens(x: Tensor, indices: Tensor) -> Tensor:
+    """Tokens (B, K, C) of (B, N, C), by their positions (B, K) in each image."""
+    return x.gather(1, indices[..., None].expand(-1, -1, x.shape[2]))
 
 
 def split_class_tokens(x: Tensor, cls: ClassTokens) -> tuple[Tensor, Tensor]:
@@ -149,16 +180,17 @@ class DepthwiseConv2d(nn.Module):
         """(B, S, E) -> (B, S, E).
 
         A reversed row-major sequence is the image turned by 180 degrees; turning the kernel instead gives the same
-        numbers. Class tokens have no place on the grid: to the kernel they are images of one pixel.
+        numbers. Class tokens have no place on the grid: to the kernel they are images of one pixel. Hidden patches are
+        zeros, like what lies around the image.
         """
         if x.shape[1] != layout.seq_len:
             raise ValueError(f"DepthwiseConv2d: {x.shape[1]} tokens do not fill a grid of {layout.h} x {layout.w}.")
         patches, cls_tokens = layout.split(x)
         weight = self.weight.flip(-1, -2) if reverse else self.weight
         padding = weight.shape[-1] // 2
-        image = patches.unflatten(1, (layout.h, layout.w)).permute(0, 3, 1, 2)  # (B, E, h, w), channels last in memory
+        image = layout.to_grid(patches).permute(0, 3, 1, 2)  # (B, E, h, w), channels last in memory
         image = F.conv2d(image, weight, self.bias, padding=padding, groups=weight.shape[0])
-        patches = image.permute(0, 2, 3, 1).flatten(1, 2)
+        patches = layout.from_grid(image.permute(0, 2, 3, 1))
         if any(layout.cls):
             cls_tokens = cls_tokens * weight[:, 0, padding, padding] + self.bias
         return layout.join(patches, cls_tokens)

@@ -539,11 +539,23 @@ class VisionLSTM(nn.Module):
 
     # --- forward ----------------------------------------------------------------------------------------------------
 
-    def _embed(self, x: Tensor) -> tuple[Tensor, Layout]:
+    def _embed(
+        self, x: Tensor, visible: Tensor | None = None, mask_token: Tensor | None = None
+    ) -> tuple[Tensor, Layout]:
         """(B, C, H, W) -> tokens (B, S, D), patches in row-major order, and what they are."""
-        x = self.pos_embed(self.patch_embed(x))
-        layout = Layout(x.shape[1], x.shape[2], self.cls_layout)
-        x = x.flatten(1, 2)
+        x = self.patch_embed(x)
+        grid_size = (x.shape[1], x.shape[2])
+        if visible is not None and self.patch_embed.stride != self.patch_embed.patch_size:
+            raise ValueError(
+                f"Patches of {self.patch_embed.patch_size} px every {self.patch_embed.stride} px overlap: visible ones would "
+                "show the pixels of hidden ones. Build the model without stride to mask patches."
+            )
+        if visible is not None and mask_token is not None:
+            seen = torch.zeros(x.shape[0], math.prod(grid_size), dtype=torch.bool, device=x.device)
+            seen = seen.scatter(1, visible, True).view(-1, *grid_size, 1)
+            x, visible = torch.where(seen, x, mask_token.to(x.dtype)), None
+        layout = Layout(*grid_size, self.cls_layout, visible)
+        x = layout.from_grid(self.pos_embed(x))
         if self.cls_tokens is not None:
             x = layout.join(x, self.cls_tokens.expand(x.shape[0], -1, -1))
         return x, layout
@@ -557,9 +569,15 @@ class VisionLSTM(nn.Module):
             return checkpoint(block, x, layout)
         return block(x, layout)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> all tokens (B, S, D) after the norm that follows the blocks."""
-        x, layout = self._embed(x)
+    def forward_features(self, x: Tensor, visible: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> all tokens (B, S, D) after the norm that follows the blocks.
+
+        Args:
+            x: Images.
+            visible: Positions (B, K) of the patches to look at, sorted; None for all. Only these pass through the blocks.
+            mask_token: (D,). Takes the place of the other patches instead, so that all pass through the blocks.
+        """
+        x, layout = self._embed(x, visible, mask_token)
         for block in self.blocks:
             x = self._block(block, x, layout)
         return self.norm(x)

@@ -6,6 +6,7 @@ from vil_lightning.callbacks.online_knn import OnlineKNN
 from vil_lightning.callbacks.predictions import PredictionWriter
 from vil_lightning.callbacks.progress import RunProgressBar, Throughput
 from vil_lightning.callbacks.published_curve import PublishedCurve
+from vil_lightning.callbacks.reconstruction import ReconstructionPictures
 from vil_lightning.callbacks.run_summary import RunSummary
 from vil_lightning.callbacks.views import ViewPictures
 
@@ -15,6 +16,7 @@ __all__ = [
     "OnlineKNN",
     "PredictionWriter",
     "PublishedCurve",
+    "ReconstructionPictures",
     "RunProgressBar",
     "RunSummary",
     "Throughput",

@@ -33,9 +33,10 @@ from vil_lightning.methods.backbone import (
     resolve_backbone,
 )
 from vil_lightning.methods.divergence import FiniteCheck
+from vil_lightning.methods.optimisers import adamw
 from vil_lightning.methods.randomness import seed_step
 from vil_lightning.methods.run_length import global_batch_size, resolve_durations
-from vil_lightning.optim import clip_grad_per_tensor, scale_lr, weight_decay_groups
+from vil_lightning.optim import clip_grad_per_tensor, scale_lr
 from vil_lightning.schedules import Duration, cosine, linear_then_constant, warmup_cosine
 
 
@@ -231,10 +232,7 @@ class DINO(L.LightningModule):
         )
         self.global_batch_size = global_batch_size(self.trainer)
         self.lr = scale_lr(self.base_lr, self.global_batch_size)
-        groups = weight_decay_groups(self.student, self.weight_decay)
-        # With a gradient scaler (16-mixed) fused AdamW would unscale inside step(), after the gradients were clipped.
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        return torch.optim.AdamW(groups, lr=self.lr, fused=True if self.device.type == "cuda" and not scaled else None)
+        return adamw(self, self.student, self.lr, self.weight_decay)
 
     def scheduled(self, name: str) -> float:
         """Value of a schedule at the current optimiser step."""

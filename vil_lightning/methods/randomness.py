@@ -16,6 +16,9 @@ def seed_step(trainer: L.Trainer, batch_idx: int) -> None:
     seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
     position = (trainer.current_epoch << 32) + (batch_idx << 12) + trainer.global_rank
     mixed = (seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03) % (1 << 63)
+    mixed ^= (
+        mixed >> 32
+    )  # torch's CPU generator and numpy look at the low 32 bits only, which the epoch had not reached
     torch.manual_seed(mixed)
     random.seed(mixed)
     np.random.seed(mixed % (1 << 32))

@@ -35,6 +35,7 @@ from vil_lightning.methods.backbone import (
     resolve_backbone,
 )
 from vil_lightning.methods.divergence import FiniteCheck
+from vil_lightning.methods.optimisers import adamw, set_lr
 from vil_lightning.methods.randomness import seed_step
 from vil_lightning.methods.run_length import global_batch_size, resolve_durations
 from vil_lightning.optim import clip_grad_per_tensor, layer_lr_scales, scale_lr, weight_decay_groups
@@ -305,8 +306,7 @@ class Supervised(L.LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Called once per optimiser step, however many batches it accumulates."""
         lr = self.scheduled_lr()
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+        set_lr(optimizer, lr)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self._finite.watch_grad_norm(self, self._grad_norm)
         if self.ema is not None:  # here, so that a checkpoint written after this batch holds it
@@ -326,12 +326,9 @@ class Supervised(L.LightningModule):
         self.global_batch_size = global_batch_size(self.trainer)
         self.lr = scale_lr(self.base_lr, self.global_batch_size, self.lr_batch_size)
         lr_scales = None if self.layer_decay is None else layer_lr_scales(self.backbone, self.layer_decay)
-        groups = weight_decay_groups(self.backbone, self.weight_decay, lr_scales)
         if self.optimizer == "adamw":
-            # With a gradient scaler (16-mixed) fused AdamW would unscale inside step(), after the gradients were clipped.
-            scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-            fused = True if self.device.type == "cuda" and not scaled else None
-            return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=fused)  # type: ignore[arg-type]
+            return adamw(self, self.backbone, self.lr, self.weight_decay, self.betas, lr_scales)  # type: ignore[arg-type]
+        groups = weight_decay_groups(self.backbone, self.weight_decay, lr_scales)
         return create_optimizer_v2(groups, opt=self.optimizer, lr=self.lr, weight_decay=0.0, betas=self.betas)
 
     # --- scoring ------------------------------------------------------------------------------------------------------

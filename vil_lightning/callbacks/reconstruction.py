@@ -1,0 +1,59 @@
+"""What a masked autoencoder makes of the same images, again and again."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.utils import make_grid
+
+
+class ReconstructionPictures(L.Callback):
+    """Writes val images to TensorBoard: a row each, as they are, as the network saw them, and with hidden patches as predicted.
+
+    The images and the mask are the same every time. Needs a module with `reconstruct(images)`, as `MAE` and `SimMIM` have.
+
+    Args:
+        num_images: Rows; the images are spread over the val set.
+        every_n_epochs: How often, from the first epoch on; the last epoch always counts.
+        size: Side in px at which an image is shown.
+    """
+
+    def __init__(self, num_images: int = 8, every_n_epochs: int = 10, size: int = 96) -> None:
+        self.num_images = num_images
+        self.every_n_epochs = every_n_epochs
+        self.size = size
+        self._images: Tensor | None = None
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        epoch = trainer.current_epoch + 1
+        if (epoch % self.every_n_epochs and epoch != trainer.max_epochs) or not trainer.is_global_zero:
+            return
+        images = self._held_out(trainer).to(pl_module.device)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        was_training = pl_module.training
+        pl_module.eval()
+        with torch.random.fork_rng(devices=[]), trainer.precision_plugin.forward_context():
+            torch.manual_seed(0)
+            result = pl_module.reconstruct(data.normalize(images))
+        pl_module.train(was_training)
+        original = images.float() / 255
+        seen = original * (1 - result["mask"]) + 0.5 * result["mask"]
+        rows = torch.stack([original, seen, data.denormalize(result["reconstruction"])], dim=1).flatten(0, 1)
+        rows = F.interpolate(rows, size=(self.size, self.size), mode="nearest-exact")
+        sheet = make_grid(rows, nrow=3, padding=4, pad_value=1.0)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                tag = "reconstruction/image, seen, predicted"
+                logger.experiment.add_image(tag, sheet.cpu(), trainer.global_step)
+
+    def _held_out(self, trainer: L.Trainer) -> Tensor:
+        """uint8 (n, 3, H, W)."""
+        if self._images is None:
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            total = len(data.val_source)
+            places = torch.linspace(0, total - 1, min(self.num_images, total)).round().long().tolist()
+            self._images = torch.stack([data.eval_transform(data.val_source[i][0]) for i in places])
+        return self._images

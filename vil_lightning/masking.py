@@ -1,0 +1,74 @@
+"""Which patches of an image are hidden from the network.
+
+Masks are (B, N) booleans, True = hidden, for the N = h * w patches in row-major order. Every image of a batch has equally many
+hidden patches, so that the visible ones fit one tensor.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+MASK_KINDS = ("random", "block", "row")
+
+
+def hidden_mask(
+    kind: str, batch_size: int, grid_size: tuple[int, int], mask_ratio: float, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Draw a mask from torch's generator.
+
+    Args:
+        kind: `random` hides patches independently (MAE); `block` hides rectangles of aspect ratio 0.3 to 3.3 (BEiT); `row`
+            hides whole rows, so that a scan along rows loses stretches instead of single patches.
+        grid_size: (h, w).
+        mask_ratio: Share of hidden patches; what `num_hidden` makes of it is exact.
+
+    Returns:
+        (B, h * w) on `device`.
+    """
+    if kind == "random":
+        return _largest(
+            torch.rand(batch_size, math.prod(grid_size), device=device), num_hidden(kind, grid_size, mask_ratio)
+        )
+    if kind == "row":
+        rows = _largest(torch.rand(batch_size, grid_size[0], device=device), round(mask_ratio * grid_size[0]))
+        return rows.repeat_interleave(grid_size[1], dim=1)
+    if kind == "block":
+        masks = [_blocks(grid_size, num_hidden(kind, grid_size, mask_ratio)) for _ in range(batch_size)]
+        return torch.stack(masks).to(device)
+    raise ValueError(f"mask kind {kind!r} is not known. Available: {', '.join(MASK_KINDS)}.")
+
+
+def num_hidden(kind: str, grid_size: tuple[int, int], mask_ratio: float) -> int:
+    """How many patches of an image are hidden. The visible ones are rounded down, as in MAE (49 of 196 at 0.75)."""
+    h, w = grid_size
+    return round(mask_ratio * h) * w if kind == "row" else h * w - int(h * w * (1 - mask_ratio))
+
+
+def visible_positions(hidden: Tensor, num_visible: int) -> Tensor:
+    """Positions (B, K) of the visible patches in increasing order: a scan has to meet them in the order of the image."""
+    return hidden.to(torch.uint8).argsort(dim=1, stable=True)[:, :num_visible]
+
+
+def _largest(scores: Tensor, count: int) -> Tensor:
+    """True at the `count` largest of each row."""
+    places = scores.argsort(dim=1, descending=True)[:, :count]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, places, True)
+
+
+def _blocks(grid_size: tuple[int, int], count: int) -> Tensor:
+    """Rectangles one after another until exactly `count` patches (of which the last rectangle may lack some) are hidden."""
+    h, w = grid_size
+    hidden = torch.zeros(h, w, dtype=torch.bool)
+    while (left := count - int(hidden.sum())) > 0:
+        draw = torch.rand(4).tolist()
+        area = min(4, left) + draw[0] * (left - min(4, left))
+        aspect = 0.3 * (1 / 0.09) ** draw[1]  # log-uniform between 0.3 and 1 / 0.3
+        height = min(max(round(math.sqrt(area * aspect)), 1), h)
+        width = min(max(round(math.sqrt(area / aspect)), 1), w)
+        top, start = int(draw[2] * (h - height + 1)), int(draw[3] * (w - width + 1))
+        new = torch.zeros_like(hidden)
+        new[top : top + height, start : start + width] = True
+        places = (new & ~hidden).flatten().nonzero().squeeze(1)[:left]
+        hidden.view(-1)[places] = True
+    return hidden.flatten()

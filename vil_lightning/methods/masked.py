@@ -1,0 +1,84 @@
+"""What masked-image methods share: encoding a part of the patches, and pixels as targets."""
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from vil_lightning.backbones import VisionLSTM
+from vil_lightning.backbones.layers import take_tokens
+from vil_lightning.errors import ConfigError
+
+
+def check_maskable(backbone: nn.Module, method: str) -> None:
+    """Refuse backbones of which patches cannot be hidden.
+
+    Raises:
+        ConfigError: Naming what can be used.
+    """
+    if not isinstance(backbone, VisionLSTM | VisionTransformer):
+        raise ConfigError(
+            f"{method} hides patches from the network, which it can do with ViL and timm's plain ViT (vit_*, deit_*, deit3_*), "
+            f"but not with a {type(backbone).__name__}. Set model.backbone.name to one of these."
+        )
+    if isinstance(backbone, VisionLSTM) and backbone.patch_embed.stride != backbone.patch_embed.patch_size:
+        raise ConfigError(
+            f"{method}: model.backbone.kwargs.stride={backbone.patch_embed.stride} makes patches overlap, so that visible ones "
+            "show pixels of hidden ones. Leave stride unset."
+        )
+
+
+def encode_visible(backbone: nn.Module, images: Tensor, visible: Tensor, mask_token: Tensor | None = None) -> Tensor:
+    """Patch tokens of the network, shown only some of the patches.
+
+    Args:
+        images: (B, 3, H, W).
+        visible: Positions (B, K) of the patches to show, in increasing order.
+        mask_token: (D,). Stands for each of the others, so that all pass through the network; None leaves them out.
+
+    Returns:
+        (B, K, D), or (B, N, D) with `mask_token`; after the final norm.
+    """
+    if isinstance(backbone, VisionLSTM):
+        return backbone.split_tokens(backbone.forward_features(images, visible, mask_token))[0]
+    assert isinstance(backbone, VisionTransformer)
+    x = backbone.patch_embed(images)  # (B, N, D); (B, h, w, D) with dynamic_img_size
+    if mask_token is not None:
+        seen = torch.zeros(x.shape[0], x.shape[1:-1].numel(), dtype=torch.bool, device=x.device).scatter(
+            1, visible, True
+        )
+        x = torch.where(seen.view(*x.shape[:-1], 1), x, mask_token.to(x.dtype))
+    x = backbone._pos_embed(x)
+    if mask_token is None:
+        prefix = backbone.num_prefix_tokens
+        x = torch.cat([x[:, :prefix], take_tokens(x[:, prefix:], visible)], dim=1)
+    x = backbone.norm_pre(x)
+    for block in backbone.blocks:
+        x = block(x)
+    return backbone.norm(x)[:, backbone.num_prefix_tokens :]
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """Compile every block in place. (Compiling the network would compile `forward`, which masked methods do not call.)"""
+    for block in network.blocks:  # type: ignore[union-attr]
+        block.compile()
+
+
+def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """(B, C, H, W) -> pixels of each patch (B, N, p_h * p_w * C), patches in row-major order."""
+    p_h, p_w = patch_size
+    patches = images.unfold(2, p_h, p_h).unfold(3, p_w, p_w)  # (B, C, h, w, p_h, p_w)
+    return patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+
+
+def unpatchify(pixels: Tensor, patch_size: tuple[int, int], grid_size: tuple[int, int]) -> Tensor:
+    """Undoes `patchify`."""
+    (p_h, p_w), (h, w) = patch_size, grid_size
+    images = pixels.view(len(pixels), h, w, p_h, p_w, -1).permute(0, 5, 1, 3, 2, 4)  # (B, C, h, p_h, w, p_w)
+    return images.reshape(len(pixels), -1, h * p_h, w * p_w)
+
+
+def normalize_patches(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels (B, N, P) with mean 0 and deviation 1 in each patch, and that mean and deviation (B, N, 1)."""
+    mean, variance = pixels.mean(-1, keepdim=True), pixels.var(-1, keepdim=True)
+    deviation = (variance + 1e-6).sqrt()
+    return (pixels - mean) / deviation, mean, deviation

@@ -1,0 +1,223 @@
+"""SimMIM: masked image modelling with mask tokens in the encoder.
+
+Xie et al. 2022, arXiv:2111.09886. All patches pass through the encoder, hidden ones as one learned token; a single linear layer
+predicts their pixels, compared by the absolute difference. Simpler and dearer than MAE; for ViL it keeps the full grid, so that
+the 3 x 3 convolution and the scans see in pretraining what they see later.
+
+Letters: `B` images, `N` patches, `D` encoder width, `P` pixels of a patch (3 p²).
+"""
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from vil_lightning.errors import ConfigError
+from vil_lightning.masking import hidden_mask, num_hidden, visible_positions
+from vil_lightning.methods.backbone import (
+    CHECKPOINT_KEY,
+    BackboneConfig,
+    build_backbone,
+    check_input_size,
+    check_resumed_backbone,
+    resolve_backbone,
+)
+from vil_lightning.methods.divergence import FiniteCheck
+from vil_lightning.methods.masked import check_maskable, compile_blocks, encode_visible, patchify, unpatchify
+from vil_lightning.methods.optimisers import adamw, set_lr
+from vil_lightning.methods.randomness import seed_step
+from vil_lightning.methods.run_length import global_batch_size, resolve_durations
+from vil_lightning.optim import clip_grad_per_tensor, scale_lr
+from vil_lightning.schedules import Duration, linear_cosine
+
+
+class SimMIM(L.LightningModule):
+    """SimMIM with a ViL or a plain ViT of timm. Needs a data module whose `train_transform` gives one view (`TrainTransform`).
+
+    The defaults are those of the paper's ViT-B, with a cosine schedule.
+
+    Args:
+        backbone: The encoder.
+        mask_ratio: Share of hidden mask units.
+        mask_unit: Side of the squares that are hidden as a whole, in patches; 2 hides 32 px at a patch size of 16.
+        base_lr: Peak learning rate per 512 images of the global batch.
+        lr_warmup: Linear warm-up of the learning rate (a duration).
+        final_lr: Learning rate at the end of the cosine; absolute.
+        betas: Of AdamW.
+        weight_decay: Never on biases, norms, position embeddings and the mask token.
+        compile: Compile the blocks of the encoder with torch.compile.
+
+    Durations are `"10 epochs"`, `"500 steps"`, `"10%"` or a fraction of the run below 1.
+    """
+
+    def __init__(
+        self,
+        backbone: BackboneConfig,
+        mask_ratio: float = 0.6,
+        mask_unit: int = 2,
+        base_lr: float = 2e-4,
+        lr_warmup: Duration = "20 epochs",
+        final_lr: float = 1e-6,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.05,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        if base_lr <= 0:
+            raise ConfigError(f"model.base_lr={base_lr} must be positive.")
+        if mask_unit < 1:
+            raise ConfigError(f"model.mask_unit={mask_unit} must be at least 1 patch.")
+        self.backbone_config = resolve_backbone(backbone)
+        self.mask_ratio = mask_ratio
+        self.mask_unit = mask_unit
+        self.base_lr = base_lr
+        self.lr_warmup = lr_warmup
+        self.final_lr = final_lr
+        self.betas = tuple(betas)
+        self.weight_decay = weight_decay
+        self.backbone = build_backbone(self.backbone_config)
+        check_maskable(self.backbone, "SimMIM")
+        embed: Any = self.backbone.patch_embed
+        self.patch_size: tuple[int, int] = tuple(embed.patch_size)
+        self._check_mask(tuple(embed.grid_size))
+        dim = int(self.backbone.embed_dim)  # type: ignore[arg-type]
+        self.mask_token = nn.Parameter(torch.zeros(dim))
+        nn.init.normal_(self.mask_token, std=0.02)
+        self.head = nn.Linear(dim, 3 * self.patch_size[0] * self.patch_size[1])
+        if compile:
+            compile_blocks(self.backbone)
+        self._grad_norm = torch.zeros(())
+        self._finite = FiniteCheck(
+            "a lower model.base_lr, a longer model.lr_warmup, trainer.gradient_clip_val=5.0, or trainer.precision=bf16-mixed "
+            "instead of 16-mixed."
+        )
+
+    def _check_mask(self, grid_size: tuple[int, int]) -> None:
+        if grid_size[0] % self.mask_unit or grid_size[1] % self.mask_unit:
+            raise ConfigError(
+                f"model.mask_unit={self.mask_unit} does not divide the grid of {grid_size[0]} x {grid_size[1]} patches."
+            )
+        units = (grid_size[0] // self.mask_unit, grid_size[1] // self.mask_unit)
+        hidden, total = num_hidden("random", units, self.mask_ratio), units[0] * units[1]
+        if not 0 < self.mask_ratio < 1 or not 0 < hidden < total:
+            raise ConfigError(
+                f"model.mask_ratio={self.mask_ratio} hides {hidden} of {total} mask units. Choose a ratio that hides some and "
+                "shows some."
+            )
+
+    # --- the method ---------------------------------------------------------------------------------------------------
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pooled vectors of the encoder, shown all patches: what the run is for."""
+        return self.backbone(images)
+
+    def draw_mask(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """A mask (B, N), True where hidden, and the positions (B, K) of the visible patches."""
+        h, w = self.grid_size(images)
+        units = (h // self.mask_unit, w // self.mask_unit)
+        hidden = hidden_mask("random", len(images), units, self.mask_ratio, images.device).view(-1, *units)
+        hidden = hidden.repeat_interleave(self.mask_unit, 1).repeat_interleave(self.mask_unit, 2).flatten(1)
+        num_visible = h * w - num_hidden("random", units, self.mask_ratio) * self.mask_unit**2
+        return hidden, visible_positions(hidden, num_visible)
+
+    def predict_patches(self, images: Tensor, visible: Tensor) -> Tensor:
+        """Predicted pixels (B, N, P) of every patch."""
+        return self.head(encode_visible(self.backbone, images, visible, self.mask_token))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        self._finite.raise_if_not_finite(self, self.scheduled_lr())
+        images, _ = batch
+        hidden, visible = self.draw_mask(images)
+        prediction = self.predict_patches(images, visible)
+        with torch.autocast(self.device.type, enabled=False):
+            per_patch = (prediction.float() - patchify(images.float(), self.patch_size)).abs().mean(-1)
+            loss = (per_patch * hidden).sum() / hidden.sum()
+        self._finite.watch_loss(self, loss)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> dict[str, Tensor]:
+        """For pictures: the mask (B, 1, H, W) and the images (B, 3, H, W) with hidden patches as predicted."""
+        hidden, visible = self.draw_mask(images)
+        prediction, grid_size = self.predict_patches(images, visible).float(), self.grid_size(images)
+        merged = torch.where(hidden[..., None], prediction, patchify(images.float(), self.patch_size))
+        mask = hidden[..., None].float().expand(-1, -1, self.patch_size[0] * self.patch_size[1])
+        return {
+            "mask": unpatchify(mask, self.patch_size, grid_size),
+            "reconstruction": unpatchify(merged, self.patch_size, grid_size),
+        }
+
+    def grid_size(self, images: Tensor) -> tuple[int, int]:
+        """Patches (h, w) of these images."""
+        return images.shape[2] // self.patch_size[0], images.shape[3] // self.patch_size[1]
+
+    # --- hooks, in the order in which they run in a step --------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        seed_step(self.trainer, batch_idx)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        self._grad_norm = clip_grad_per_tensor(self.parameters(), None)  # only measures
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Called once per optimiser step, however many batches it accumulates."""
+        lr = self.scheduled_lr()
+        set_lr(optimizer, lr)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self._finite.watch_grad_norm(self, self._grad_norm)
+        self.log_dict({"schedule/lr": lr, "train/grad_norm": self._grad_norm})
+
+    def scheduled_lr(self) -> float:
+        """Learning rate at the current optimiser step."""
+        steps = self.schedule_steps
+        return linear_cosine(self.trainer.global_step, steps["total"], steps["lr_warmup"], 0.0, self.lr, self.final_lr)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        self.schedule_steps = resolve_durations(self.trainer, {"lr_warmup": self.lr_warmup})
+        self.global_batch_size = global_batch_size(self.trainer)
+        self.lr = scale_lr(self.base_lr, self.global_batch_size, 512)
+        return adamw(self, self, self.lr, self.weight_decay, self.betas)  # type: ignore[arg-type]
+
+    # --- checks before the first step, and reports --------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        transform = getattr(getattr(self.trainer, "datamodule", None), "train_transform", None)
+        size = getattr(transform, "img_size", None)
+        if size is None:
+            raise ConfigError(
+                "SimMIM trains on one view of an image: set data.train_transform to a TrainTransform "
+                f"(got {transform!r}), as configs/pretrain_simmim.yaml does."
+            )
+        check_input_size(self.backbone, size, "data.train_transform.img_size")
+        self._check_mask((size // self.patch_size[0], size // self.patch_size[1]))
+
+    def run_info(self) -> dict[str, str]:
+        """What the run's first lines say about the method."""
+        steps = self.schedule_steps
+        return {
+            "method": f"SimMIM, {self.mask_ratio:g} hidden in squares of {self.mask_unit} x {self.mask_unit} patches",
+            "backbone": f"{self.backbone_config.name} {self.backbone_config.kwargs or ''}",
+            "learning rate": f"{self.lr:.3g} = {self.base_lr:g} x {self.global_batch_size} / 512, to {self.final_lr:g}",
+            "schedules": f"{steps['total']} steps; warm-up {steps['lr_warmup']}",
+        }
+
+    def next_command(self, checkpoint: str) -> str:
+        """What to run when this run has ended."""
+        return f"python main.py fit --config configs/finetune.yaml --model.backbone.weights {checkpoint}"
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._finite.raise_if_not_finite(
+            self, self.scheduled_lr()
+        )  # never overwrite a good checkpoint with a broken one
+        checkpoint[CHECKPOINT_KEY] = {"name": self.backbone_config.name, "kwargs": self.backbone_config.kwargs}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_resumed_backbone(checkpoint, self.backbone_config)
