@@ -1,14 +1,15 @@
-"""Two processes with half the batch each train the same networks as one process."""
+"""Two processes with half the batch each train the same networks as one process, and stop together."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
 import torch
-from tiny import digits, dino, trainer
+from tiny import FewDigits, digits, dino, run_in_two_processes, trainer
+
+from vil_lightning.callbacks import OnlineKNN
+from vil_lightning.data.loading import ImageSource
 
 STEPS, GLOBAL_BATCH = 3, 8
 
@@ -28,39 +29,8 @@ def train(world_size: int, out: Path) -> None:
 @pytest.mark.timeout(120)
 def test_ddp__two_processes_equal_one(tmp_path: Path) -> None:
     train(1, tmp_path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = f"import sys; from pathlib import Path; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-    script += f"from test_ddp import train\nif __name__ == '__main__': train(2, Path({str(tmp_path)!r}))\n"
-    (tmp_path / "main.py").write_text(script)
-    root = Path(__file__).parents[2]
-    base = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PL_"))}
-    environment = {
-        **base,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(root),
-    }
-    # Both started here, as a cluster would, so that none is left behind.
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(tmp_path / "main.py")],
-            env={**environment, "LOCAL_RANK": str(rank), "NODE_RANK": "0", "RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=90)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    results = run_in_two_processes(__file__, "train", tmp_path)
+    assert [code for code, _ in results] == [0, 0], "\n".join(error for _, error in results)
 
     one = torch.load(tmp_path / "world1_rank0.pt", weights_only=True)
     two, other = (torch.load(tmp_path / f"world2_rank{rank}.pt", weights_only=True) for rank in range(2))
@@ -71,3 +41,66 @@ def test_ddp__two_processes_equal_one(tmp_path: Path) -> None:
         torch.testing.assert_close(two[name], expected, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
     moved = max(float((one[name] - start[name]).abs().max()) for name in one)
     assert moved > 1e-3  # far more than what is tolerated above
+
+
+class PoisonedRank(L.Callback):
+    """Spoils the second batch of process 1."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_rank == 1 and batch_idx == 1:
+            for view in batch[0]:
+                view.fill_(torch.nan)
+
+
+def diverge(world_size: int, out: Path) -> None:
+    torch.set_num_threads(1)
+    fit = trainer(out, max_epochs=2, callbacks=[PoisonedRank()], devices=world_size, strategy="ddp")
+    fit.fit(dino(), datamodule=digits(GLOBAL_BATCH // world_size))
+
+
+@pytest.mark.timeout(150)
+def test_ddp__a_broken_loss_of_one_process_stops_both(tmp_path: Path) -> None:
+    results = run_in_two_processes(__file__, "diverge", tmp_path, timeout=100)
+    for code, error in results:
+        assert code != 0
+        assert "The run has diverged" in error
+
+
+class OddDigits(FewDigits):
+    """19 val images: the second process gets one of them twice."""
+
+    def build_sources(self) -> tuple[ImageSource, ImageSource, list[str]]:
+        train, val, classes = super().build_sources()
+        val.images, val.labels = val.images[:19], val.labels[:19]  # type: ignore[attr-defined]
+        return train, val, classes
+
+
+class KeepFeatures(L.Callback):
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+        self.features, self.labels = OnlineKNN()._features(trainer, pl_module, loader)
+
+
+def gather(world_size: int, out: Path) -> None:
+    torch.set_num_threads(1)
+    kept = KeepFeatures()
+    parallel = {"devices": world_size, "strategy": "ddp"} if world_size > 1 else {}
+    fit = trainer(out, max_steps=1, max_epochs=1, callbacks=[kept], **parallel)
+    fit.fit(
+        dino(lr_warmup=0),
+        datamodule=OddDigits(16, 4, train_transform=digits().train_transform, eval_batch_size=4, seed=0),
+    )
+    torch.save((kept.features, kept.labels), out / f"features{world_size}_rank{fit.global_rank}.pt")
+
+
+@pytest.mark.timeout(150)
+def test_ddp__online_knn_sees_every_image_once_and_in_order(tmp_path: Path) -> None:
+    gather(1, tmp_path)
+    results = run_in_two_processes(__file__, "gather", tmp_path, timeout=100)
+    assert [code for code, _ in results] == [0, 0], "\n".join(error for _, error in results)
+    features, labels = torch.load(tmp_path / "features1_rank0.pt", weights_only=True)
+    assert len(labels) == 19
+    for rank in range(2):
+        of_two, labels_of_two = torch.load(tmp_path / f"features2_rank{rank}.pt", weights_only=True)
+        assert torch.equal(labels_of_two, labels)
+        torch.testing.assert_close(of_two, features, rtol=1e-5, atol=1e-6)

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -16,6 +17,7 @@ from vil_lightning.errors import ConfigError
 from vil_lightning.methods import DINO, BackboneConfig
 from vil_lightning.methods import dino as dino_module
 from vil_lightning.methods.dino import _DIAGNOSES, _Symptoms, concat_by_size
+from vil_lightning.methods.optimisers import adamw
 
 
 def loss_by_loops(teacher: list[Tensor], student: list[Tensor], center: Tensor, t_temp: float, s_temp: float) -> Tensor:
@@ -457,3 +459,15 @@ def test_configure_optimizers__length_given_in_steps_alone() -> None:
     fit.fit(model, datamodule=digits())
     assert fit.global_step == 6
     assert model.schedule_steps == {"lr_warmup": 2, "teacher_temp_warmup": 0, "freeze_last_layer": 4, "total": 6}
+
+
+@pytest.mark.parametrize("scaler", [None, object()], ids=["bf16 or float32", "with a gradient scaler"])
+def test_optimizer__is_fused_on_cuda_unless_gradients_are_scaled(scaler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # With a scaler, fused AdamW would unscale inside step(), after the gradients were clipped.
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **kwargs: seen.update(kwargs))
+    stub = SimpleNamespace(
+        trainer=SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler)), device=torch.device("cuda")
+    )
+    adamw(stub, torch.nn.Linear(2, 2), lr=0.1, weight_decay=0.0)  # type: ignore[arg-type]
+    assert seen["fused"] is (True if scaler is None else None)

@@ -93,3 +93,20 @@ def test_checkpoint__holds_the_teacher_of_its_own_step(straight: tuple[Any, Any,
     for step in (1, 4):
         saved = torch.load(path / f"step={step}.ckpt", weights_only=True)["state_dict"]
         assert same(dict(saved), recorded.states[step - 1])
+
+
+def test_resume__after_an_epoch_cut_short(tmp_path: Path) -> None:
+    """With trainer.limit_train_batches an epoch ends before its loader does; the next one still starts at its first batch."""
+
+    def shortened(path: Path, ckpt_path: Path | None = None) -> Recorder:
+        recorder = Recorder()
+        every = ModelCheckpoint(path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+        fit = trainer(path, max_epochs=3, limit_train_batches=2, callbacks=[recorder, every], enable_checkpointing=True)
+        fit.fit(dino(), datamodule=digits(), ckpt_path=ckpt_path, weights_only=True)
+        return recorder
+
+    whole = shortened(tmp_path / "whole")
+    resumed = shortened(tmp_path / "resumed", tmp_path / "whole/epoch=0.ckpt")
+    assert len(whole.batches) == 6
+    assert same(resumed.batches, whole.batches[2:])
+    assert same(resumed.states[-1], whole.states[-1])

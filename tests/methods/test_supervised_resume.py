@@ -1,11 +1,7 @@
 """Supervised runs that are interrupted, or spread over two processes, end where an undisturbed one does."""
 
 import itertools
-import os
 import random
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_resume import same
-from tiny import FewDigits, Steps, pictures, state, supervised, trainer
+from tiny import FewDigits, Steps, pictures, run_in_two_processes, state, supervised, trainer
 from torch import Tensor, nn
 
 from vil_lightning.callbacks import PredictionWriter
@@ -176,36 +172,8 @@ def train(world_size: int, out: Path) -> None:
 @pytest.mark.timeout(150)
 def test_ddp__two_processes_equal_one(tmp_path: Path) -> None:
     train(1, tmp_path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = f"import sys; from pathlib import Path; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-    script += f"from {Path(__file__).stem} import train\nif __name__ == '__main__': train(2, Path({str(tmp_path)!r}))\n"
-    (tmp_path / "main.py").write_text(script)
-    environment = {
-        **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PL_"))},
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(tmp_path / "main.py")],
-            env={**environment, "LOCAL_RANK": str(rank), "NODE_RANK": "0", "RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    results = run_in_two_processes(__file__, "train", tmp_path)
+    assert [code for code, _ in results] == [0, 0], "\n".join(error for _, error in results)
 
     one = torch.load(tmp_path / "world1_rank0.pt", weights_only=True)
     two, other = (torch.load(tmp_path / f"world2_rank{rank}.pt", weights_only=True) for rank in range(2))

@@ -1,6 +1,10 @@
 """The smallest runs that still have every part: shared by the tests of the methods."""
 
 import copy
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +143,45 @@ class Steps(L.Callback):
         self.losses.append(float(outputs["loss"]))
         groups = trainer.optimizers[0].param_groups
         self.rates.append({id(p): group["lr"] for group in groups for p in group["params"]})
+
+
+# --- two processes ----------------------------------------------------------------------------------------------------
+
+
+def run_in_two_processes(test_file: str, function: str, folder: Path, timeout: float = 120) -> list[tuple[int, str]]:
+    """Call `function(2, folder)` of a test file in two processes, started as a cluster would, so that none is left behind.
+
+    Returns:
+        Exit code and error output of each.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = f"import sys; from pathlib import Path; sys.path.insert(0, {str(Path(test_file).parent)!r})\n"
+    script += f"from {Path(test_file).stem} import {function}\n"
+    script += f"if __name__ == '__main__': {function}(2, Path({str(folder)!r}))\n"
+    (folder / "main.py").write_text(script)
+    environment = {
+        **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PL_"))},
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(folder / "main.py")],
+            env={**environment, "LOCAL_RANK": str(rank), "NODE_RANK": "0", "RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=timeout)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
