@@ -2,9 +2,10 @@
 
 from vil_lightning.methods.backbone import BackboneConfig
 from vil_lightning.methods.dino import DINO
+from vil_lightning.methods.lejepa import LeJEPA
 from vil_lightning.methods.linear_probe import LinearProbe
 from vil_lightning.methods.mae import MAE
 from vil_lightning.methods.simmim import SimMIM
 from vil_lightning.methods.supervised import Supervised
 
-__all__ = ["DINO", "MAE", "BackboneConfig", "LinearProbe", "SimMIM", "Supervised"]
+__all__ = ["DINO", "MAE", "BackboneConfig", "LeJEPA", "LinearProbe", "SimMIM", "Supervised"]
