@@ -77,7 +77,7 @@ class VilCLI(LightningCLI):
         # Lightning reads the checkpoint here, and would fail on a damaged one with a traceback.
         path = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
         if path:
-            check_resumable(path)
+            check_resumable(path, training=self.config.subcommand == "fit")
         super()._parse_ckpt_path()
 
     def before_instantiate_classes(self) -> None:
@@ -93,6 +93,9 @@ class VilCLI(LightningCLI):
             )
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(checkpoint_dir)
+        if config.checkpoint.save_last not in (True, False, None):
+            raise ConfigError(f"checkpoint.save_last={config.checkpoint.save_last!r} must be true or false.")
+        config.predictions.overwrite = config.predictions.overwrite or config.overwrite
         if config.trainer.enable_progress_bar is False:
             self.trainer_defaults["callbacks"] = [
                 callback for callback in self.trainer_defaults["callbacks"] if not isinstance(callback, RunProgressBar)
@@ -116,16 +119,31 @@ class VilCLI(LightningCLI):
             if isinstance(callback, RunSummary):
                 callback.hyper_parameters = flatten(self.config["fit"], keys=("model", "data", "seed_everything"))
 
+    def before_validate(self) -> None:
+        self._check_trained()
+
+    def before_test(self) -> None:
+        self._check_trained()
+
+    def before_predict(self) -> None:
+        self._check_trained()
+
+    def _check_trained(self) -> None:
+        if hasattr(self.model, "check_trained"):
+            self.model.check_trained(self.config[self.subcommand].get("ckpt_path"))
+
     def _replace_save_last(self) -> None:
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        wanted = [c for c in callbacks if isinstance(c, ModelCheckpoint) and c.save_last]
-        for callback in wanted:
-            callback.save_last = None
-        if wanted and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            settings = self.config["fit"].checkpoint
-            often = ("every_n_epochs", "every_n_train_steps", "train_time_interval")
+        """Hand the writing of `last.ckpt` over from the callback under the key `checkpoint` to `LastCheckpoint`."""
+        own = self.config_init["fit"]["checkpoint"]
+        save_last, own.save_last = own.save_last, None
+        settings = self.config["fit"].checkpoint
+        # On an error, Lightning would write the state of that moment over best.ckpt.
+        own.save_on_exception = False
+        if save_last and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            names = ("every_n_epochs", "every_n_train_steps", "train_time_interval", "save_on_exception")
+            last = LastCheckpoint(settings.dirpath, **{name: settings[name] for name in names})
             # Behind the others, so that it records the best value that they have seen.
-            callbacks.append(LastCheckpoint(settings.dirpath, **{key: settings[key] for key in often}))
+            self.trainer.callbacks.append(last)  # type: ignore[attr-defined]
 
 
 def run_name_of(config: Namespace) -> str:
@@ -173,8 +191,8 @@ class _DeleteAtStart(L.Callback):
             path.unlink(missing_ok=True)
 
 
-def check_resumable(path: str) -> None:
-    """Read a checkpoint that is to be resumed before anything is built.
+def check_resumable(path: str, training: bool = True) -> None:
+    """Read a checkpoint that is to be resumed before anything is built; to be scored only, it needs no optimiser state.
 
     Raises:
         ConfigError: If it is missing, damaged, or not the state of a run.
@@ -183,7 +201,7 @@ def check_resumable(path: str) -> None:
         content = read_file(path)
     except (WeightsError, FileNotFoundError) as error:
         raise ConfigError(f"ckpt_path: {error}") from error
-    if "loops" not in content:
+    if "loops" not in content or (training and "optimizer_states" not in content):
         raise ConfigError(
             f"ckpt_path={path} holds weights but not the state of a run, so it cannot be resumed. "
             "To start from its weights, use --model.backbone.weights."

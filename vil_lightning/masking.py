@@ -42,7 +42,9 @@ def hidden_mask(
 def num_hidden(kind: str, grid_size: tuple[int, int], mask_ratio: float) -> int:
     """How many patches of an image are hidden. The visible ones are rounded down, as in MAE (49 of 196 at 0.75)."""
     h, w = grid_size
-    return round(mask_ratio * h) * w if kind == "row" else h * w - int(h * w * (1 - mask_ratio))
+    if kind == "row":
+        return round(mask_ratio * h) * w
+    return h * w - int(h * w * (1 - mask_ratio) + 1e-9)  # 100 * (1 - 0.9) is 9.999999999999998
 
 
 def visible_positions(hidden: Tensor, num_visible: int) -> Tensor:

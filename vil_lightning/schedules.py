@@ -11,7 +11,7 @@ Duration = str | int | float
 _DURATION = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e-?[0-9]+)?)\s*(steps?|epochs?|%)\s*")
 
 
-def resolve_steps(duration: Duration, *, steps_per_epoch: float, total_steps: int, key: str) -> int:
+def resolve_steps(duration: Duration, *, steps_per_epoch: float, total_steps: int, key: str, cut: bool = False) -> int:
     """Optimiser steps of a duration.
 
     Args:
@@ -20,6 +20,7 @@ def resolve_steps(duration: Duration, *, steps_per_epoch: float, total_steps: in
         steps_per_epoch: Optimiser steps per epoch.
         total_steps: Optimiser steps of the run.
         key: The setting's name, for the error message.
+        cut: Cut a duration that is longer than the run, instead of refusing it.
 
     Raises:
         ConfigError: If the duration cannot be read, or is longer than the run.
@@ -38,6 +39,8 @@ def resolve_steps(duration: Duration, *, steps_per_epoch: float, total_steps: in
         raise ConfigError(
             f"{key}={duration!r} is no duration. Write '500 steps', '10 epochs', '10%', or a fraction below 1."
         )
+    if steps > total_steps and cut:
+        return total_steps
     if steps > total_steps:
         raise ConfigError(
             f"{key}={duration!r} is {steps} steps, but the run has {total_steps}. "

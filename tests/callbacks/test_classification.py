@@ -38,7 +38,15 @@ def stub(**settings: Any) -> Any:
     """A trainer in `validate`."""
     state = SimpleNamespace(fn="validate")
     data = SimpleNamespace(denormalize=lambda image: image + 1)
-    values = {"sanity_checking": False, "current_epoch": 0, "max_epochs": 3, "training": False, "state": state}
+    values = {
+        "global_step": 0,
+        "estimated_stepping_batches": 100,
+        "sanity_checking": False,
+        "current_epoch": 0,
+        "max_epochs": 3,
+        "training": False,
+        "state": state,
+    }
     return SimpleNamespace(**{**values, "datamodule": data, **settings})
 
 

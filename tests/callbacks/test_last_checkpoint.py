@@ -151,3 +151,35 @@ def test_lightning__still_needs_this_callback(tmp_path: Path) -> None:
     loader = DataLoader(torch.zeros(STEPS_PER_EPOCH, 1))  # type: ignore[arg-type]
     trainer.fit(Line(SCORES), loader, DataLoader(torch.zeros(1, 1)))  # type: ignore[arg-type]
     assert steps_in(tmp_path / "last.ckpt") < 4 * STEPS_PER_EPOCH
+
+
+def test_last__by_steps_knows_what_the_validation_of_its_step_found(tmp_path: Path) -> None:
+    # Saved in the last step of an epoch, before the validation that finds the best score.
+    run(tmp_path, [0.1, 0.7], 2, every_n_train_steps=STEPS_PER_EPOCH)
+    assert steps_in(tmp_path / "last.ckpt") == 6
+    assert best_recorded(tmp_path / "last.ckpt") == pytest.approx(0.7)
+    resumed = run(tmp_path, [0.1, 0.7, 0.4], 3, tmp_path / "last.ckpt", every_n_train_steps=STEPS_PER_EPOCH)
+    assert resumed.global_step == 9
+    assert steps_in(tmp_path / "best.ckpt") == 6
+
+
+class Stop(L.Callback):
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == 5:
+            raise RuntimeError("stopped")
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_last__on_an_error_if_wanted(tmp_path: Path, wanted: bool) -> None:
+    callback = LastCheckpoint(tmp_path, save_on_exception=wanted)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=3,
+        callbacks=[callback, Stop()],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with pytest.raises(RuntimeError, match="stopped"):
+        trainer.fit(Line(SCORES), DataLoader(torch.zeros(STEPS_PER_EPOCH, 1)))  # type: ignore[arg-type]
+    assert steps_in(tmp_path / "last.ckpt") == (5 if wanted else 3)

@@ -68,7 +68,7 @@ def finish(writer: PredictionWriter, parts: list[Any], tmp_path: Path, names: li
         log_dir=str(tmp_path / "logs"),
         world_size=1,
         is_global_zero=True,
-        datamodule=SimpleNamespace(predict_names=names),
+        datamodule=SimpleNamespace(predict_names=names, classes=["cat", "dog", "owl"]),
     )
     for number, part in enumerate(parts):
         writer.on_predict_batch_end(trainer, None, part, None, number)  # type: ignore[arg-type]
@@ -97,3 +97,22 @@ def test_writer__writes_where_it_is_told(tmp_path: Path) -> None:
 def test_writer__leaves_other_outputs_alone(tmp_path: Path) -> None:
     finish(PredictionWriter(), [torch.zeros(3), {"features": torch.zeros(3)}, None], tmp_path)
     assert list(tmp_path.rglob("*")) == []
+
+
+def test_writer__does_not_replace_a_table(tmp_path: Path) -> None:
+    (tmp_path / "predictions.csv").write_text("precious")
+    trainer: Any = SimpleNamespace(log_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"--predictions\.path.*--overwrite"):
+        PredictionWriter().setup(trainer, None, "predict")  # type: ignore[arg-type]
+    PredictionWriter(overwrite=True).setup(trainer, None, "predict")  # type: ignore[arg-type]
+    PredictionWriter().setup(trainer, None, "fit")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("num_classes", "named"), [(3, True), (4, False)])
+def test_writer__takes_names_from_the_folders_of_the_data(tmp_path: Path, num_classes: int, named: bool) -> None:
+    writer, data = PredictionWriter(), SimpleNamespace(predict_names=["x", "y", "z"], classes=["cat", "dog", "owl"])
+    trainer: Any = SimpleNamespace(log_dir=str(tmp_path), world_size=1, is_global_zero=True, datamodule=data)
+    part = {"positions": torch.tensor([0, 1]), "classes": CLASSES, "probabilities": SHARES}
+    writer.on_predict_batch_end(trainer, None, part, None, 0)  # type: ignore[arg-type]
+    writer.on_predict_end(trainer, SimpleNamespace(classes=[], num_classes=num_classes))  # type: ignore[arg-type]
+    assert ("name1" in (tmp_path / "predictions.csv").read_text()) is named

@@ -4,6 +4,7 @@ import csv
 import itertools
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -178,7 +179,7 @@ def test_published__predict(published: tuple[Path, nn.Module], digits: Any, comm
     with torch.no_grad():
         logits = model(digits[0])
     assert logits.softmax(1).max() > 0.5
-    assert_predictions(rows_of(tmp_path / "logs/train_supervised_predict/predictions.csv"), logits, names=None)
+    assert_predictions(rows_of(tmp_path / "logs/train_supervised_predict/predictions.csv"), logits, names=str)
 
 
 def test_published__fine_tuning_with_a_new_head(
@@ -256,3 +257,90 @@ def test_own__predict_dir_needs_no_labels(trained: SimpleNamespace, command: Com
     rows = rows_of(path)
     assert [row["image"] for row in rows] == ["new/b.png", "new/c.png", "new/inner/a.png"]
     assert all(row["name1"] == row["class1"] for row in rows)  # the names of the digits
+
+
+# --- what must not happen silently ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "predict"])
+@pytest.mark.parametrize(
+    ("settings", "part"), [(["--model.new_head", "true"], "model.new_head"), ([], "no trained weights")]
+)
+def test_scoring__an_untrained_classifier_is_refused(
+    trained: SimpleNamespace, command: Command, subcommand: str, settings: list[str], part: str
+) -> None:
+    weights = ["--model.backbone.weights", str(trained.folder / LAST)] if settings else []
+    result = command(subcommand, "--config", RECIPE, *HARDWARE, "--model.backbone.kwargs", KWARGS, *weights, *settings)
+    assert result.code == 2
+    assert part in result.err
+    assert "Traceback" not in result.err
+
+
+def test_predict__does_not_replace_an_earlier_table(trained: SimpleNamespace, command: Command, tmp_path: Path) -> None:
+    weights = ["--model.backbone.weights", str(trained.folder / LAST)]
+    args = ["predict", "--config", RECIPE, *HARDWARE, "--model.backbone.kwargs", KWARGS, *weights]
+    assert command(*args).code == 0
+    (table,) = tmp_path.rglob("predictions.csv")
+    table.write_text("precious")
+    result = command(*args)
+    assert (result.code, table.read_text()) == (2, "precious")
+    assert "--overwrite" in result.err
+    assert command(*args, "--overwrite", "true").code == 0
+    assert table.read_text() != "precious"
+
+
+def test_classes__of_other_names_are_reported(trained: SimpleNamespace, command: Command, tmp_path: Path) -> None:
+    for split, name in itertools.product(("train", "val"), range(10)):
+        folder = tmp_path / f"images/{split}/animal{name}"
+        folder.mkdir(parents=True)
+        write_png(torch.zeros(3, 16, 16, dtype=torch.uint8), str(folder / "1.png"))
+    with pytest.warns(UserWarning, match="Class 0 is '0' in the weights and 'animal0' in the data"):
+        result = command(
+            *("validate", "--model", "Supervised", "--model.backbone.weights", trained.folder / LAST, *HARDWARE),
+            *("--data", "ImageFolder", "--data.root", "images", "--data.img_size", "16", "--data.num_workers", "0"),
+        )
+    assert result.code == 0, result.err
+
+
+def test_fit__several_views_are_refused(command: Command) -> None:
+    result = command("fit", "--config", RECIPE, *SHRINK, "--data.train_transform", "MultiCrop")
+    assert result.code == 2
+    assert "data.train_transform" in result.err
+
+
+def test_fit__a_frozen_classifier_cannot_be_trained_alone(command: Command) -> None:
+    freeze = ["--model.freeze", "[head., fc_norm.]", "--model.head_only", "2 steps"]
+    result = command("fit", "--config", RECIPE, *SHRINK, *freeze)
+    assert result.code == 2
+    assert "model.head_only" in result.err
+
+
+def test_fit__an_error_does_not_replace_the_best_checkpoint(command: Command, tmp_path: Path) -> None:
+    """Lightning's save_on_exception would write best.ckpt; ours writes last.ckpt, and never a diverged state."""
+    args = ["fit", "--config", RECIPE, *SHRINK, "--checkpoint.save_on_exception", "true"]
+    (tmp_path / "poison.py").write_text(
+        "import torch\nfrom lightning import Callback\n\n\nclass Poison(Callback):\n"
+        "    def on_train_batch_start(self, trainer, module, batch, batch_idx):\n"
+        "        if trainer.global_step == 4:\n            batch[0].fill_(torch.nan)\n"
+    )
+    sys.path.insert(0, str(tmp_path))
+    try:
+        with pytest.raises(RuntimeError, match="diverged"):
+            command(*args, "--trainer.callbacks+", "poison.Poison")
+    finally:
+        sys.path.remove(str(tmp_path))
+    for name in ("best", "last"):
+        content = torch.load(tmp_path / f"checkpoints/train_supervised/{name}.ckpt", weights_only=True)
+        assert content["global_step"] == 3
+        assert all(torch.isfinite(value).all() for value in content["state_dict"].values())
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
+def test_fit__in_every_precision(command: Command, precision: str) -> None:
+    result = command("fit", "--config", RECIPE, *SHRINK, "--trainer.precision", precision)
+    assert result.code == 0, result.err
+
+
+def test_fit__a_few_batches_again_and_again(command: Command) -> None:
+    result = command("fit", "--config", RECIPE, *SHRINK, "--trainer.overfit_batches", "2")
+    assert result.code == 0, result.err

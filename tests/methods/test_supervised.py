@@ -170,7 +170,8 @@ def test_learning_rate__of_a_group_is_what_a_monitor_shows(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("optimizer", ["lamb", "sgd"])
 def test_optimizer__of_timm_gets_groups_and_rates(tmp_path: Path, optimizer: str) -> None:
-    model = supervised(optimizer=optimizer, betas=(0.8, 0.9), weight_decay=0.05, layer_decay=0.5)
+    betas = {"betas": (0.8, 0.9)} if optimizer == "lamb" else {}
+    model = supervised(optimizer=optimizer, weight_decay=0.05, layer_decay=0.5, **betas)
     fit = trainer(tmp_path, max_steps=2)
     fit.fit(model, datamodule=pictures())
     assert type(fit.optimizers[0]).__name__.lower() == optimizer
@@ -178,6 +179,11 @@ def test_optimizer__of_timm_gets_groups_and_rates(tmp_path: Path, optimizer: str
     assert {group["weight_decay"] for group in groups} == {0.0, 0.05}
     assert {group["lr"] for group in groups} == {model.lr * scale for scale in (0.25, 0.5, 1.0)}
     assert all(tuple(group.get("betas", (0.8, 0.9))) == (0.8, 0.9) for group in groups)
+
+
+def test_optimizer__without_betas_refuses_them() -> None:
+    with pytest.raises(ConfigError, match=r"model\.betas"):
+        supervised(optimizer="sgd", betas=(0.8, 0.9))
 
 
 def test_run_info__counts_the_decayed_tensors_of_vil2_tiny(tmp_path: Path) -> None:

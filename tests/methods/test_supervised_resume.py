@@ -198,3 +198,21 @@ def test_ddp__two_processes_equal_one(tmp_path: Path) -> None:
     rows = (tmp_path / "world1.csv").read_text()
     assert (tmp_path / "world2.csv").read_text() == rows
     assert rows.count("\n") == 1 + VAL_IMAGES
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"weight_decay": 0.5}, "weight_decay"),
+        ({"layer_decay": 0.5}, "layer_decay"),
+        ({"betas": (0.8, 0.9)}, "betas"),
+        ({"optimizer": "lamb"}, "optimizer"),
+        ({"freeze": ["patch_embed."]}, "freeze"),
+        ({"loss": "binary_cross_entropy"}, "loss"),
+    ],
+)
+def test_resume__refuses_settings_that_the_optimizer_would_not_take_over(
+    straight: tuple[Any, Any, Steps, Path], tmp_path: Path, settings: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"model\.{key}"):
+        run(tmp_path, straight[3] / "step=3.ckpt", **settings)

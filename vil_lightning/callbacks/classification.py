@@ -18,7 +18,7 @@ class ClassificationPictures(L.Callback):
 
     Args:
         num_worst: Images to show, of the first process.
-        every_n_epochs: How often; the last epoch always counts.
+        every_n_epochs: In which epochs, as far as they are validated; also at the planned end of the run.
         max_classes: No confusion matrix for more classes, whose cells could not be seen.
         size: Side in px at which an image is shown.
     """
@@ -34,8 +34,10 @@ class ClassificationPictures(L.Callback):
     def _wanted(self, trainer: L.Trainer) -> bool:
         if trainer.sanity_checking:
             return False
+        if trainer.state.fn != "fit":
+            return True
         epoch = trainer.current_epoch + 1
-        last = epoch == trainer.max_epochs or (not trainer.training and trainer.state.fn != "fit")
+        last = epoch == trainer.max_epochs or trainer.global_step >= trainer.estimated_stepping_batches
         return last or epoch % self.every_n_epochs == 0
 
     def on_validation_batch_end(

@@ -18,6 +18,9 @@ class LastCheckpoint(ModelCheckpoint):
         every_n_epochs: How often, at the end of an epoch; 1 if none of the three is given.
         every_n_train_steps: How often, in steps.
         train_time_interval: How often, in time.
+        save_on_exception: Also write it when the run is stopped by an error.
+
+    It always holds the whole state; `checkpoint.save_weights_only` is for `best.ckpt`.
     """
 
     def __init__(
@@ -26,18 +29,29 @@ class LastCheckpoint(ModelCheckpoint):
         every_n_epochs: int | None = None,
         every_n_train_steps: int | None = None,
         train_time_interval: timedelta | None = None,
+        save_on_exception: bool = False,
     ) -> None:
-        by_epoch = every_n_train_steps is None and train_time_interval is None
+        self.by_epoch = every_n_train_steps is None and train_time_interval is None
         super().__init__(
             dirpath,
             filename="last",
             every_n_epochs=every_n_epochs,
             every_n_train_steps=every_n_train_steps,
             train_time_interval=train_time_interval,
-            save_on_train_epoch_end=True if by_epoch else None,  # also in epochs without validation
+            save_on_train_epoch_end=True if self.by_epoch else None,  # also in epochs without validation
+            save_on_exception=save_on_exception,
             enable_version_counter=False,
         )
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Saved in this step already, before the validation: what that has found (the best value so far) belongs in.
+        if not self.by_epoch and self._last_global_step_saved == trainer.global_step and trainer.state.fn == "fit":
+            self._save(trainer)
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self._should_skip_saving_checkpoint(trainer):
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        saved = self.by_epoch and self._last_global_step_saved == trainer.global_step
+        if not saved and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))

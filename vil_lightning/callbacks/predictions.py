@@ -18,15 +18,29 @@ class PredictionWriter(L.Callback):
 
     Args:
         path: A `.csv` or (with pyarrow installed) `.parquet` file; `predictions.csv` in the run's log folder if None.
+        overwrite: Replace an existing file.
     """
 
-    def __init__(self, path: str | None = None) -> None:
+    def __init__(self, path: str | None = None, overwrite: bool = False) -> None:
         if path is not None and Path(path).suffix not in (".csv", ".parquet"):
             raise ConfigError(f"predictions.path={path} must end in .csv or .parquet.")
         if path is not None and Path(path).suffix == ".parquet":
             _pyarrow()
         self.path = path
+        self.overwrite = overwrite
         self._parts: list[dict[str, Tensor]] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "predict":
+            path = self._path(trainer)
+            if path.exists() and not self.overwrite:
+                raise ConfigError(
+                    f"{path} exists. Choose another --predictions.path, or replace it with --overwrite true."
+                )
+
+    def _path(self, trainer: L.Trainer) -> Path:
+        log_dir = trainer.log_dir  # a broadcast: every process must ask
+        return Path(self.path) if self.path is not None else Path(log_dir or ".") / "predictions.csv"
 
     def on_predict_batch_end(
         self,
@@ -41,7 +55,7 @@ class PredictionWriter(L.Callback):
             self._parts.append({key: value.cpu() for key, value in outputs.items()})
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        log_dir = trainer.log_dir  # a broadcast: every process must ask
+        path = self._path(trainer)
         parts, self._parts = self._parts, []
         if trainer.world_size > 1:
             gathered: list[Any] = [None] * trainer.world_size
@@ -51,14 +65,16 @@ class PredictionWriter(L.Callback):
             return
         table = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         order = table["positions"].argsort()
-        names = trainer.datamodule.predict_names  # type: ignore[attr-defined]
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        names, known = data.predict_names, getattr(pl_module, "classes", [])
+        if not known and len(data.classes) == getattr(pl_module, "num_classes", None):
+            known = data.classes  # published weights hold no names; the folders of the data they belong to do
         rows = prediction_rows(
             [names[i] for i in table["positions"][order].tolist()],
             table["classes"][order],
             table["probabilities"][order],
-            getattr(pl_module, "classes", []),
+            known,
         )
-        path = Path(self.path) if self.path is not None else Path(log_dir or ".") / "predictions.csv"
         write_table(rows, path)
         Console().print(f"Predictions of {len(rows)} images: {path}", soft_wrap=True)
 
@@ -92,7 +108,7 @@ def write_table(rows: list[dict[str, Any]], path: Path) -> None:
         pyarrow, parquet = _pyarrow()
         parquet.write_table(pyarrow.Table.from_pylist(rows), unfinished)
     else:
-        with unfinished.open("w", newline="") as file:
+        with unfinished.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)

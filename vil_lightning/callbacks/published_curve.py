@@ -47,7 +47,7 @@ class Curve(NamedTuple):
 def read_curves() -> dict[str, Curve]:
     """All published curves by name, e.g. `vil2_tiny_e800_pretrain_192`."""
     curves: dict[str, Curve] = {}
-    with CSV_FILE.open(newline="") as file:
+    with CSV_FILE.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             curve = curves.setdefault(f"{row['model']}_{row['stage']}", Curve(int(row["epochs"]), {}))
             curve.values[int(row["epoch"])] = {tag: float(row[key]) * unit for key, (tag, unit) in TAGS.items()}

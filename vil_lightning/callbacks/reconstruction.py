@@ -33,12 +33,14 @@ class ReconstructionPictures(L.Callback):
             return
         images = self._held_out(trainer).to(pl_module.device)
         data = trainer.datamodule  # type: ignore[attr-defined]
-        was_training = pl_module.training
+        modes = [(module, module.training) for module in pl_module.modules()]
         pl_module.eval()
-        with torch.random.fork_rng(devices=[]), trainer.precision_plugin.forward_context():
+        devices = [pl_module.device] if pl_module.device.type == "cuda" else []  # masks are drawn there
+        with torch.random.fork_rng(devices=devices), trainer.precision_plugin.forward_context():
             torch.manual_seed(0)
             result = pl_module.reconstruct(data.normalize(images))
-        pl_module.train(was_training)
+        for module, training in modes:  # a part may have been kept in evaluation mode
+            module.training = training
         original = images.float() / 255
         seen = original * (1 - result["mask"]) + 0.5 * result["mask"]
         rows = torch.stack([original, seen, data.denormalize(result["reconstruction"])], dim=1).flatten(0, 1)

@@ -230,12 +230,17 @@ class ImageDataModule(L.LightningDataModule):
         return self.normalize(images), labels
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> float32 with the data set's mean and deviation removed; floats pass unchanged."""
+        """uint8 (B, 3, H, W) -> floats with the data set's mean and deviation removed; floats pass unchanged.
+
+        float32, or what `trainer.precision` wants as input (e.g. bfloat16 for `bf16-true`).
+        """
         if images.dtype != torch.uint8:
             return images
         mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
-        return (images.float() / 255 - mean) / std
+        images = (images.float() / 255 - mean) / std
+        # Lightning has converted the batch already; but then it was uint8.
+        return images if self.trainer is None else self.trainer.precision_plugin.convert_input(images)
 
     def denormalize(self, images: Tensor) -> Tensor:
         """Back to [0, 1], for pictures."""

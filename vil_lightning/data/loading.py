@@ -98,7 +98,7 @@ class TransformedDataset(Dataset[tuple[Any, int]]):
         return len(self.source)
 
     def __getitem__(self, key: Key) -> tuple[Any, int]:
-        draw, index = key
+        draw, index = key if isinstance(key, tuple) else (0, key)  # trainer.overfit_batches brings a sampler of its own
         image, label = self.source[index]
         with seeded(self.seed, draw, index):
             return self.transform(image), label

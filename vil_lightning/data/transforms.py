@@ -141,7 +141,8 @@ class TrainTransform:
     In the order of the ViL paper: random resized crop (bicubic), horizontal flip, 3-Augment (exactly one of grayscale,
     solarisation and Gaussian blur, equally often) and colour jitter of brightness, contrast and saturation, in random order.
     With `crop="simple"` it is DeiT-III's; with `rand_augment` DeiT's, which has neither 3-Augment nor colour jitter: set
-    `three_augment=False` and `color_jitter=(0, 0, 0, 0)` with it. (Both are applied if both are set.)
+    `three_augment=False` and `color_jitter=(0, 0, 0, 0)` with it. (RandAugment and colour jitter are both applied if both are
+    set; RandAugment and 3-Augment are refused.)
 
     Args:
         img_size: Side of the view in px.
@@ -238,6 +239,7 @@ class EvalTransform:
         if not 0 < crop_pct <= 1:
             raise ConfigError(f"data.crop_pct={crop_pct} must satisfy 0 < crop_pct <= 1.")
         self.img_size = img_size
+        self.crop_pct = crop_pct
         self.short_side = math.floor(img_size / crop_pct)
 
     def __call__(self, image: Tensor) -> Tensor:

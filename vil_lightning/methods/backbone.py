@@ -19,10 +19,15 @@ from vil_lightning.backbones.weights import (
     to_model_names,
 )
 from vil_lightning.errors import ConfigError
+from vil_lightning.methods.resuming import SETTINGS_KEY
 
 CHECKPOINT_KEY = "backbone"  # what every method writes into its checkpoints: name and kwargs of its backbone
 CLASSES_KEY = "classes"  # what those with a classifier add: the names of its classes
-CLASSES_KEY = "classes"  # the names of the classes, in a checkpoint of a classifier
+_PRETRAINED_KWARGS = (
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+)  # where weights come from, not what they do
 
 
 @dataclasses.dataclass
@@ -46,7 +51,16 @@ class BackboneConfig:
 
 
 def resolve_backbone(config: BackboneConfig) -> BackboneConfig:
-    """Fill in the name and kwargs that a checkpoint of this project records; `config.kwargs` override them."""
+    """Fill in the name and kwargs that a checkpoint of this project records; `config.kwargs` override them.
+
+    Raises:
+        ConfigError: If nothing says which backbone to build, or two sources of weights are named.
+    """
+    if config.weights is not None and config.kwargs.get("pretrained"):
+        raise ConfigError(
+            f"model.backbone.weights={config.weights} and model.backbone.kwargs.pretrained name two sources of weights. "
+            "Leave one of them out."
+        )
     if config.name is not None:
         recorded = _read(config.weights).get(CHECKPOINT_KEY) if config.weights is not None else None
         if isinstance(recorded, dict) and recorded.get("name") == config.name:
@@ -67,13 +81,19 @@ def resolve_backbone(config: BackboneConfig) -> BackboneConfig:
     return dataclasses.replace(config, name=recorded["name"], kwargs={**recorded["kwargs"], **config.kwargs})
 
 
+def recorded_backbone(config: BackboneConfig) -> dict[str, Any]:
+    """What goes into a checkpoint under `CHECKPOINT_KEY`."""
+    kwargs = {key: value for key, value in config.kwargs.items() if key not in _PRETRAINED_KWARGS}
+    return {"name": config.name, "kwargs": kwargs}
+
+
 def check_resumed_backbone(checkpoint: dict[str, Any], config: BackboneConfig) -> None:
     """Refuse to resume a run with another backbone than it was started with.
 
     Raises:
         ConfigError: Naming both. Weights of another run belong to `model.backbone.weights`.
     """
-    recorded, own = checkpoint.get(CHECKPOINT_KEY), {"name": config.name, "kwargs": config.kwargs}
+    recorded, own = checkpoint.get(CHECKPOINT_KEY), recorded_backbone(config)
     if recorded != own:
         raise ConfigError(
             f"ckpt_path: the checkpoint's backbone is {recorded}, but model.backbone is {own}. Resume with the recipe of that "
@@ -153,6 +173,12 @@ def recorded_classes(config: BackboneConfig, num_classes: int) -> list[str]:
     return [str(name) for name in names] if isinstance(names, list) and len(names) == num_classes else []
 
 
+def recorded_loss(config: BackboneConfig) -> str | None:
+    """Which loss the classifier in `config.weights` was trained with, as far as it is recorded."""
+    settings = _read(config.weights).get(SETTINGS_KEY) if config.weights is not None else None
+    return settings.get("loss") if isinstance(settings, dict) else None
+
+
 def check_input_size(backbone: nn.Module, size: int, key: str) -> None:
     """Send one empty image of `size` px through the model; turn its complaint into one that names `key`."""
     parameter = next(backbone.parameters())
@@ -160,7 +186,9 @@ def check_input_size(backbone: nn.Module, size: int, key: str) -> None:
     image = torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype)
     try:
         with torch.no_grad():
-            backbone.eval()(image)
+            backbone.eval().forward(image)  # not through __call__, which would compile the network for this one image
+    except torch.OutOfMemoryError:
+        raise
     except (ValueError, RuntimeError, AssertionError) as error:
         hint = "For timm's transformers, model.backbone.kwargs.dynamic_img_size: true accepts other sizes."
         raise ConfigError(f"{key}={size} does not fit the backbone: {error} {hint}") from error

@@ -30,6 +30,7 @@ from vil_lightning.methods.backbone import (
     check_input_size,
     check_resumed_backbone,
     feature_dim,
+    recorded_backbone,
     resolve_backbone,
 )
 from vil_lightning.methods.divergence import FiniteCheck
@@ -305,7 +306,7 @@ class DINO(L.LightningModule):
         self._finite.raise_if_not_finite(
             self, self.scheduled("lr")
         )  # never overwrite a good checkpoint with a broken one
-        checkpoint[CHECKPOINT_KEY] = {"name": self.backbone_config.name, "kwargs": self.backbone_config.kwargs}
+        checkpoint[CHECKPOINT_KEY] = recorded_backbone(self.backbone_config)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_resumed_backbone(checkpoint, self.backbone_config)

@@ -35,6 +35,7 @@ class FiniteCheck:
         """
         value, self._value = self._value, None
         if value is not None and not torch.isfinite(value):
+            self._value = value  # a checkpoint that is written because of this error must be refused, too
             raise RuntimeError(
                 f"train/loss or the gradient is {value.item()} at step {module.trainer.global_step} "
                 f"(lr={lr:.3g}, precision={module.trainer.precision}). The run has diverged. Resume from the last "

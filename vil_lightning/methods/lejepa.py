@@ -26,12 +26,14 @@ from vil_lightning.methods.backbone import (
     check_input_size,
     check_resumed_backbone,
     feature_dim,
+    recorded_backbone,
     resolve_backbone,
 )
 from vil_lightning.methods.dino import concat_by_size
 from vil_lightning.methods.divergence import FiniteCheck
 from vil_lightning.methods.optimisers import adamw, set_lr
 from vil_lightning.methods.randomness import seed_step
+from vil_lightning.methods.resuming import check_settings, record_settings
 from vil_lightning.methods.run_length import global_batch_size, resolve_durations
 from vil_lightning.optim import clip_grad_per_tensor, scale_lr
 from vil_lightning.schedules import Duration, linear_cosine
@@ -195,7 +197,9 @@ class LeJEPA(L.LightningModule):
         self._finite.raise_if_not_finite(
             self, self.scheduled_lr()
         )  # never overwrite a good checkpoint with a broken one
-        checkpoint[CHECKPOINT_KEY] = {"name": self.backbone_config.name, "kwargs": self.backbone_config.kwargs}
+        checkpoint[CHECKPOINT_KEY] = recorded_backbone(self.backbone_config)
+        record_settings(checkpoint, betas=self.betas, weight_decay=self.weight_decay)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_resumed_backbone(checkpoint, self.backbone_config)
+        check_settings(self._trainer, checkpoint, betas=self.betas, weight_decay=self.weight_decay)

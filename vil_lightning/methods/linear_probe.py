@@ -29,6 +29,7 @@ from vil_lightning.methods.backbone import (
     build_backbone,
     check_input_size,
     patch_tokens,
+    recorded_backbone,
     resolve_backbone,
 )
 from vil_lightning.optim import scale_lr
@@ -297,7 +298,7 @@ class LinearProbe(L.LightningModule):
         raise ConfigError("A linear probe is not resumed: it takes a minute. Start it again without --ckpt_path.")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[CHECKPOINT_KEY] = {"name": self.backbone_config.name, "kwargs": self.backbone_config.kwargs}
+        checkpoint[CHECKPOINT_KEY] = recorded_backbone(self.backbone_config)
 
 
 def extract_features(backbone: nn.Module, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from vil_lightning.methods.backbone import (
     build_backbone,
     check_input_size,
     check_resumed_backbone,
+    recorded_backbone,
     resolve_backbone,
 )
 from vil_lightning.methods.divergence import FiniteCheck
@@ -36,12 +37,14 @@ from vil_lightning.methods.masked import (
     check_maskable,
     compile_blocks,
     encode_visible,
+    freeze_readout,
     normalize_patches,
     patchify,
     unpatchify,
 )
 from vil_lightning.methods.optimisers import adamw, set_lr
 from vil_lightning.methods.randomness import seed_step
+from vil_lightning.methods.resuming import check_settings, record_settings
 from vil_lightning.methods.run_length import global_batch_size, resolve_durations
 from vil_lightning.optim import clip_grad_per_tensor, scale_lr
 from vil_lightning.schedules import Duration, linear_cosine
@@ -109,6 +112,7 @@ class MAE(L.LightningModule):
 
         self.backbone = build_backbone(self.backbone_config)
         check_maskable(self.backbone, "MAE")
+        freeze_readout(self.backbone)
         embed: Any = self.backbone.patch_embed
         self.patch_size: tuple[int, int] = tuple(embed.patch_size)
         grid_size = tuple(embed.grid_size)
@@ -116,12 +120,10 @@ class MAE(L.LightningModule):
         dim = int(self.backbone.embed_dim)  # type: ignore[arg-type]
         self.decoder = _decoder(decoder, grid_size, dim, decoder_dim, decoder_depth, decoder_num_heads)
         self.head = nn.Linear(decoder_dim, 3 * self.patch_size[0] * self.patch_size[1])
-        # In the width of the encoder: the decoder's first layer is a linear map, of this token, too.
+        # Before the encoder or after it; in its width either way: the decoder's first layer is a linear map, of this token,
+        # too.
         self.mask_token = nn.Parameter(torch.zeros(dim))
-        self.encoder_mask_token = nn.Parameter(torch.zeros(dim)) if hidden == "mask_token" else None
         nn.init.normal_(self.mask_token, std=0.02)
-        if self.encoder_mask_token is not None:
-            nn.init.normal_(self.encoder_mask_token, std=0.02)
         nn.init.xavier_uniform_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         if compile:
@@ -156,9 +158,10 @@ class MAE(L.LightningModule):
 
     def predict_patches(self, images: Tensor, hidden: Tensor, visible: Tensor) -> Tensor:
         """Predicted pixels (B, N, P) of every patch."""
-        tokens = encode_visible(self.backbone, images, visible, self.encoder_mask_token)
+        dropped = self.hidden == "drop"
+        tokens = encode_visible(self.backbone, images, visible, None if dropped else self.mask_token)
         h, w = self.grid_size(images)
-        if self.encoder_mask_token is None:
+        if dropped:
             full = self.mask_token.to(tokens.dtype).expand(len(images), h * w, -1)
             tokens = full.scatter(1, visible[..., None].expand_as(tokens), tokens)
         image = tokens.transpose(1, 2).unflatten(2, (h, w))
@@ -265,10 +268,12 @@ class MAE(L.LightningModule):
         self._finite.raise_if_not_finite(
             self, self.scheduled_lr()
         )  # never overwrite a good checkpoint with a broken one
-        checkpoint[CHECKPOINT_KEY] = {"name": self.backbone_config.name, "kwargs": self.backbone_config.kwargs}
+        checkpoint[CHECKPOINT_KEY] = recorded_backbone(self.backbone_config)
+        record_settings(checkpoint, betas=self.betas, weight_decay=self.weight_decay)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_resumed_backbone(checkpoint, self.backbone_config)
+        check_settings(self._trainer, checkpoint, betas=self.betas, weight_decay=self.weight_decay)
 
 
 def hidden_loss(prediction: Tensor, target: Tensor, hidden: Tensor) -> Tensor:

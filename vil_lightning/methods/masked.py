@@ -1,6 +1,8 @@
 """What masked-image methods share: encoding a part of the patches, and pixels as targets."""
 
 import torch
+from timm.layers import PatchEmbed
+from timm.models._manipulate import checkpoint
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -15,7 +17,8 @@ def check_maskable(backbone: nn.Module, method: str) -> None:
     Raises:
         ConfigError: Naming what can be used.
     """
-    if not isinstance(backbone, VisionLSTM | VisionTransformer):
+    plain = isinstance(backbone, VisionTransformer) and isinstance(backbone.patch_embed, PatchEmbed)  # no hybrid
+    if not plain and not isinstance(backbone, VisionLSTM):
         raise ConfigError(
             f"{method} hides patches from the network, which it can do with ViL and timm's plain ViT (vit_*, deit_*, deit3_*), "
             f"but not with a {type(backbone).__name__}. Set model.backbone.name to one of these."
@@ -25,6 +28,13 @@ def check_maskable(backbone: nn.Module, method: str) -> None:
             f"{method}: model.backbone.kwargs.stride={backbone.patch_embed.stride} makes patches overlap, so that visible ones "
             "show pixels of hidden ones. Leave stride unset."
         )
+
+
+def freeze_readout(backbone: nn.Module) -> None:
+    """Exclude from training what only a read-out of the network uses: with DDP, processes would wait for its gradients."""
+    for name in ("fc_norm", "attn_pool", "head"):
+        if isinstance(part := getattr(backbone, name, None), nn.Module):
+            part.requires_grad_(False)
 
 
 def encode_visible(backbone: nn.Module, images: Tensor, visible: Tensor, mask_token: Tensor | None = None) -> Tensor:
@@ -53,7 +63,7 @@ def encode_visible(backbone: nn.Module, images: Tensor, visible: Tensor, mask_to
         x = torch.cat([x[:, :prefix], take_tokens(x[:, prefix:], visible)], dim=1)
     x = backbone.norm_pre(x)
     for block in backbone.blocks:
-        x = block(x)
+        x = checkpoint(block, x) if backbone.grad_checkpointing else block(x)
     return backbone.norm(x)[:, backbone.num_prefix_tokens :]
 
 

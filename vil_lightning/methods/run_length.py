@@ -24,12 +24,15 @@ def run_length(trainer: L.Trainer) -> tuple[int, int]:
 
 
 def resolve_durations(trainer: L.Trainer, durations: dict[str, Duration]) -> dict[str, int]:
-    """Optimiser steps of each duration, and of the run as `total`. Keys are those of the module's arguments."""
+    """Optimiser steps of each duration, and of the run as `total`. Keys are those of the module's arguments.
+
+    Under `trainer.fast_dev_run`, whose run is shorter than any warm-up, durations end with the run.
+    """
     total, steps_per_epoch = run_length(trainer)
-    steps = {
-        key: resolve_steps(value, steps_per_epoch=steps_per_epoch, total_steps=total, key=f"model.{key}")
-        for key, value in durations.items()
-    }
+    steps = {}
+    for key, value in durations.items():
+        known = {"steps_per_epoch": steps_per_epoch, "total_steps": total, "key": f"model.{key}"}
+        steps[key] = resolve_steps(value, **known, cut=bool(trainer.fast_dev_run))  # type: ignore[arg-type,attr-defined]
     return {**steps, "total": total}
 
 

@@ -5,16 +5,18 @@ arXiv:2012.12877, 2203.09795, 2204.07118 (DeiT I, "three things", DeiT III). The
 data module; what needs a whole batch (mixing, erasing) is done here, on the device.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,16 +32,21 @@ from vil_lightning.methods.backbone import (
     check_input_size,
     check_resumed_backbone,
     classifier_names,
+    recorded_backbone,
     recorded_classes,
+    recorded_loss,
     recorded_num_classes,
     resolve_backbone,
 )
 from vil_lightning.methods.divergence import FiniteCheck
 from vil_lightning.methods.optimisers import adamw, set_lr
 from vil_lightning.methods.randomness import seed_step
+from vil_lightning.methods.resuming import SETTINGS_KEY, check_settings, record_settings
 from vil_lightning.methods.run_length import global_batch_size, resolve_durations
 from vil_lightning.optim import clip_grad_per_tensor, layer_lr_scales, scale_lr, weight_decay_groups
 from vil_lightning.schedules import Duration, linear_cosine
+
+_BINARY = "binary_cross_entropy"
 
 
 class Supervised(L.LightningModule):
@@ -60,7 +67,7 @@ class Supervised(L.LightningModule):
         cutmix_alpha: The same for CutMix.
         mix_prob: Probability that a batch is mixed at all.
         mix_switch_prob: Probability of CutMix if both are on. One ratio and one box per device's batch; image i is mixed with
-            image B - 1 - i.
+            image B - 1 - i. With one of them alone this does nothing.
         erase_prob: Probability that a random rectangle of an image is replaced by noise (DeiT I, Vim: 0.25).
         base_lr: Peak learning rate per `lr_batch_size` images of the global batch.
         lr_batch_size: See `base_lr`.
@@ -72,7 +79,7 @@ class Supervised(L.LightningModule):
         weight_decay: Never on biases, norms, position embeddings and class tokens.
         layer_decay: Factor of the learning rate per layer below the head (pairs of scans for ViL); None for none.
         ema_decay: Keep a moving average of the weights with this decay per step, and score it, too. It is what other recipes
-            then take from the checkpoint. None for none.
+            then take from the checkpoint. None for none. (It moves also in a step that a gradient scaler skips.)
         predict_top_k: Classes per image that `predict` returns.
         compile: Compile the network with torch.compile.
 
@@ -137,6 +144,8 @@ class Supervised(L.LightningModule):
             )
         if optimizer not in list_optimizers():
             raise ConfigError(f"model.optimizer={optimizer!r} is not known. Available: {', '.join(list_optimizers())}.")
+        if tuple(betas) != (0.9, 0.999) and not get_optimizer_info(optimizer).has_betas:
+            raise ConfigError(f"model.betas={list(betas)}: {optimizer} has none. Leave model.betas at its default.")
         self.backbone_config = resolve_backbone(backbone)
         self.num_classes = num_classes
         self.new_head = new_head
@@ -160,8 +169,10 @@ class Supervised(L.LightningModule):
         self.layer_decay = layer_decay
         self.ema_decay = ema_decay
         self.predict_top_k = predict_top_k
+        self.predict_per_class = loss == _BINARY
         self.compile_backbone = compile
         self.classes: list[str] = []
+        self.loss_name = loss
         self.loss: nn.Module
         if loss == "cross_entropy":
             self.loss = SoftTargetCrossEntropy()
@@ -180,9 +191,13 @@ class Supervised(L.LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "backbone"):
             return
-        data = getattr(self.trainer, "datamodule", None)
+        trainer = self._trainer
+        data = getattr(trainer, "datamodule", None)
+        resumed = None if trainer is None else trainer.ckpt_path
         if self.num_classes is None and not self.new_head:
             self.num_classes = recorded_num_classes(self.backbone_config)
+        if self.num_classes is None and resumed is not None:
+            self.num_classes = recorded_num_classes(dataclasses.replace(self.backbone_config, weights=str(resumed)))
         if self.num_classes is None:
             self.num_classes = getattr(data, "num_classes", None) or None
         if self.num_classes is None:
@@ -198,11 +213,14 @@ class Supervised(L.LightningModule):
         self.backbone = build_backbone(self.backbone_config, self.num_classes, self.new_head)
         if not self.new_head:
             self.classes = recorded_classes(self.backbone_config, self.num_classes)
+            self.predict_per_class = self.predict_per_class or recorded_loss(self.backbone_config) == _BINARY
         self._freeze()
         if self.ema_decay is not None:
             self.ema = ModelEmaV3(self.backbone, decay=self.ema_decay).requires_grad_(False)
         if self.compile_backbone:
             self.backbone.compile()
+            if self.ema is not None:
+                self.ema.module.compile()
         if (self.mixup_alpha or self.cutmix_alpha) and self.mix_prob:
             self.mixup = Mixup(
                 self.mixup_alpha,
@@ -219,6 +237,26 @@ class Supervised(L.LightningModule):
             for k in (1, 5) if self.num_classes > 5 else (1,):
                 metrics[f"{network}acc{k}"] = MulticlassAccuracy(self.num_classes, top_k=k, average="micro")
         self.metrics = nn.ModuleDict(metrics)
+
+    def check_trained(self, ckpt_path: str | None) -> None:
+        """Refuse to score, or to predict with, a classifier that nobody has trained. The command line asks this.
+
+        Raises:
+            ConfigError: If nothing says where its weights come from.
+        """
+        if ckpt_path is not None:
+            return
+        config = self.backbone_config
+        if self.new_head:
+            raise ConfigError(
+                "model.new_head=true would replace the classifier that is to be scored by an untrained one. Set "
+                "--model.new_head false."
+            )
+        if config.weights is None and not config.kwargs.get("pretrained"):
+            raise ConfigError(
+                "There are no trained weights to score or to predict with: set --model.backbone.weights FILE, or --ckpt_path "
+                "to a checkpoint of this recipe."
+            )
 
     def _freeze(self) -> None:
         for prefix in self.freeze_prefixes:
@@ -238,6 +276,10 @@ class Supervised(L.LightningModule):
         data: Any = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and not getattr(data, "num_classes", 0):
             raise ConfigError("Supervised needs a data module with labelled images (data.class_path).")
+        if stage == "fit" and hasattr(data.train_transform, "num_local_views"):
+            raise ConfigError(
+                "Supervised trains on one view of an image: set data.train_transform to a TrainTransform instead of MultiCrop."
+            )
         if stage == "fit" and (self.mixup_alpha or self.cutmix_alpha) and self.mix_prob and data.batch_size % 2:
             raise ConfigError(
                 f"data.batch_size={data.batch_size} must be even: MixUp and CutMix pair the images of a batch. "
@@ -289,10 +331,13 @@ class Supervised(L.LightningModule):
         # Gradients are unscaled and accumulated here, and not clipped yet. (Without gradient the optimiser skips a parameter.
         # Not `requires_grad`: DDP has to see the same parameters throughout.)
         if self.trainer.global_step < self.schedule_steps["head_only"]:
-            head = classifier_names(self.backbone)
             for name, parameter in self.backbone.named_parameters():
-                if not name.startswith((*head, "fc_norm.")):
+                if not name.startswith(self._head_names()):
                     parameter.grad = None
+
+    def _head_names(self) -> tuple[str, ...]:
+        """Prefixes of the parameters that are trained during `head_only`."""
+        return (*classifier_names(self.backbone), "fc_norm.")
 
     def configure_gradient_clipping(
         self,
@@ -323,6 +368,12 @@ class Supervised(L.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         durations = {"lr_warmup": self.lr_warmup, "head_only": self.head_only}
         self.schedule_steps = resolve_durations(self.trainer, durations)
+        head = [p for name, p in self.backbone.named_parameters() if name.startswith(self._head_names())]
+        if self.schedule_steps["head_only"] and not any(p.requires_grad for p in head):
+            raise ConfigError(
+                f"model.head_only={self.head_only!r} trains the classifier alone, but "
+                f"model.freeze={list(self.freeze_prefixes)} freezes it."
+            )
         self.global_batch_size = global_batch_size(self.trainer)
         self.lr = scale_lr(self.base_lr, self.global_batch_size, self.lr_batch_size)
         lr_scales = None if self.layer_decay is None else layer_lr_scales(self.backbone, self.layer_decay)
@@ -381,14 +432,20 @@ class Supervised(L.LightningModule):
                 "this data set model.new_head=true (and leave model.num_classes unset); to score the given one use data with "
                 "its classes."
             )
+        for position, (own, others) in enumerate(zip(self.classes, data.classes, strict=False)):
+            if own != others:
+                rank_zero_warn(
+                    f"Class {position} is {own!r} in the weights and {others!r} in the data. Unless only its name has changed, "
+                    "the accuracy means nothing; for other classes set model.new_head=true."
+                )
+                break
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Most likely classes (B, k) of each image, their probabilities (B, k), and the images' positions (B,)."""
         images, positions = batch
         real = self.trainer.datamodule.real_images(batch_idx, len(positions)).to(images.device)  # type: ignore[attr-defined]
         logits = self(images).float()
-        binary = isinstance(self.loss, BinaryCrossEntropy)
-        probabilities = logits.sigmoid() if binary else logits.softmax(-1)
+        probabilities = logits.sigmoid() if self.predict_per_class else logits.softmax(-1)
         top = probabilities.topk(min(self.predict_top_k, probabilities.shape[1]))
         return {
             "positions": positions[real],
@@ -422,17 +479,38 @@ class Supervised(L.LightningModule):
 
     def next_command(self, checkpoint: str) -> str:
         """What to run when this run has ended."""
-        return f"python main.py fit --config configs/finetune.yaml --model.backbone.weights {checkpoint}"
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        command = (
+            f"python main.py predict --config configs/imagenet/evaluate.yaml --model.backbone.weights {checkpoint}"
+        )
+        command += f" --data.img_size {data.img_size} --data.crop_pct {data.eval_transform.crop_pct:g}"
+        command += (
+            f" --data.mean '{list(data.mean)}' --data.std '{list(data.std)}' --data.predict_dir <folder of images>"
+        )
+        return command
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._finite.raise_if_not_finite(
-            self, self.scheduled_lr()
-        )  # never overwrite a good checkpoint with a broken one
-        checkpoint[CHECKPOINT_KEY] = {"name": self.backbone_config.name, "kwargs": self.backbone_config.kwargs}
+        # Never overwrite a good checkpoint with a broken one.
+        self._finite.raise_if_not_finite(self, self.scheduled_lr())
+        checkpoint[CHECKPOINT_KEY] = recorded_backbone(self.backbone_config)
         checkpoint[CLASSES_KEY] = self.classes
+        record_settings(checkpoint, **self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        """What must not change when a run is resumed."""
+        return {
+            "loss": self.loss_name,
+            "optimizer": self.optimizer,
+            "betas": self.betas,
+            "weight_decay": self.weight_decay,
+            "layer_decay": self.layer_decay,
+            "freeze": self.freeze_prefixes,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_resumed_backbone(checkpoint, self.backbone_config)
+        check_settings(self._trainer, checkpoint, **self._settings())
+        self.predict_per_class = checkpoint.get(SETTINGS_KEY, {}).get("loss", self.loss_name) == _BINARY
         self.classes = list(checkpoint.get(CLASSES_KEY, []))
         has_ema = any(name.startswith("ema.") for name in checkpoint["state_dict"])
         if has_ema != (self.ema is not None):
