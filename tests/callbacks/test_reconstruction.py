@@ -1,7 +1,6 @@
 """Pictures of what a masked autoencoder predicts: the same images and masks every time, and no trace in the run."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +160,7 @@ def test_pictures__in_the_precision_of_the_run(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def no_collectives(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
     """Process 0 alone would wait for the others forever."""
 
     def refuse(*args: Any, **kwargs: Any) -> None:
@@ -173,7 +172,6 @@ def no_collectives(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             if hasattr(owner, name):
                 monkeypatch.setattr(owner, name, refuse)
     monkeypatch.setattr(L.pytorch.strategies.SingleDeviceStrategy, "reduce", refuse)
-    yield
 
 
 @pytest.mark.parametrize("first", [True, False])

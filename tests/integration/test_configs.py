@@ -21,7 +21,9 @@ from vil_lightning.methods import DINO, LinearProbe, Supervised
 from vil_lightning.methods.backbone import BackboneConfig
 
 RECIPES = sorted(CONFIGS.rglob("*.yaml"))
-SUPERVISED = [path for path in RECIPES if "data.TrainTransform" in path.read_text()]  # those that train
+SUPERVISED = [
+    path for path in RECIPES if "methods.Supervised" in (t := path.read_text()) and "data.TrainTransform" in t
+]
 
 
 def recipe_id(path: Path) -> str:

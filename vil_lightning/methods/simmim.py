@@ -44,7 +44,7 @@ from vil_lightning.schedules import Duration, linear_cosine
 class SimMIM(L.LightningModule):
     """SimMIM with a ViL or a plain ViT of timm. Needs a data module whose `train_transform` gives one view (`TrainTransform`).
 
-    The defaults are those of the paper's ViT-B, with a cosine schedule.
+    The defaults are those of the official ViT-B configuration (microsoft/SimMIM), with a cosine schedule instead of a step.
 
     Args:
         backbone: The encoder.
@@ -65,8 +65,8 @@ class SimMIM(L.LightningModule):
         backbone: BackboneConfig,
         mask_ratio: float = 0.6,
         mask_unit: int = 2,
-        base_lr: float = 2e-4,
-        lr_warmup: Duration = "20 epochs",
+        base_lr: float = 1e-4,
+        lr_warmup: Duration = "10 epochs",
         final_lr: float = 1e-6,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.05,
