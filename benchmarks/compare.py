@@ -290,10 +290,13 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         ("training time in s", lambda row: row["seconds"]),
     ]
     for axes, (name, x_of) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
+        middle = (min(map(x_of, rows)) + max(map(x_of, rows))) / 2
         for row in rows:
             x, y = x_of(row), row["last"]
             axes.errorbar(x, y, yerr=row["last_std"], marker="o", capsize=3, linestyle="none")
-            axes.annotate(row["entry"], (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
+            left = x > middle  # or the label would run out of the picture
+            offset, side = ((-6, 4), "right") if left else ((6, 4), "left")
+            axes.annotate(row["entry"], (x, y), xytext=offset, textcoords="offset points", fontsize=8, ha=side)
         axes.set_xlabel(name)
         axes.set_ylabel(f"{METRIC} at the end, %")
         axes.margins(x=0.2, y=0.1)
