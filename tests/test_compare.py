@@ -266,9 +266,7 @@ def built(compare: ModuleType, file: str) -> dict[str, int]:
 
 def test_entries__backbones_have_equal_size(compare: ModuleType) -> None:
     sizes = built(compare, "backbones_32px.yaml")
-    assert set(sizes) == {"ViL v2", "ViL v1", "DeiT", "Vim", "ConvNeXt"}
-    assert min(sizes.values()) > 0.6e6
-    assert max(sizes.values()) < 1e6
+    assert set(sizes) == {"ViL v2", "ViL v1", "DeiT", "Vim", "ConvNeXt (isotropic)"}
     middle = (min(sizes.values()) + max(sizes.values())) / 2
     assert max(sizes.values()) < 1.1 * middle
 

@@ -351,7 +351,8 @@ def test_prediction__is_normalised_even_after_features_were_served() -> None:
     data.serve(data.train_dataloader(), data.val_dataloader())
     batch = next(iter(data.predict_dataloader()))
     assert data.on_after_batch_transfer(batch, 0) is batch
-    data.trainer = SimpleNamespace(predicting=True)
+    as_it_is = SimpleNamespace(convert_input=lambda images: images)
+    data.trainer = SimpleNamespace(predicting=True, precision_plugin=as_it_is)
     assert torch.equal(data.on_after_batch_transfer(batch, 0)[0], data.normalize(batch[0]))
 
 
