@@ -116,7 +116,7 @@ def test_compare__runs_every_pair_and_writes_the_table(
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[:5] == ["ViL", "2", "51.00 ± 1.41", "60.00 ± 0.00", f"{parameters / 1e6:.2f}"]
     assert cells[6] == "200"  # median of the speeds without the first
-    assert 0.005 < float(cells[7]) < 2  # of the stand-in process
+    assert 0.005 < float(cells[7]) < 32  # of the stand-in process, but no less than this one had when it forked
     for part in (
         "# Comparison under recipe.yaml",
         "torch 2",
