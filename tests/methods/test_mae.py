@@ -118,7 +118,7 @@ def test_training_step__loss_against_loops(size: tuple[int, int], normalize: boo
     hidden, visible = model.draw_mask(x)
     total = size[0] * size[1] // 16
     assert hidden.sum(1).tolist() == [total - total // 4] * 3
-    expected = loss_by_hand(model.predict_patches(x, hidden, visible), x, hidden, 4, normalize)
+    expected = loss_by_hand(model.predict_patches(x, visible), x, hidden, 4, normalize)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
 
 
@@ -161,7 +161,7 @@ def test_predict_patches__every_token_to_its_place(name: str, kwargs: dict[str, 
     else:
         y = small.blocks(y + small.pos_embed)
     expected = F.linear(small.norm(y), model.head.weight, model.head.bias)
-    torch.testing.assert_close(model.predict_patches(x, hidden, visible), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model.predict_patches(x, visible), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("where", ["drop", "mask_token"])
@@ -169,8 +169,8 @@ def test_predict_patches__knows_nothing_of_hidden_pixels(where: str) -> None:
     model, x = mae(hidden=where).eval(), images()
     hidden, visible = model.draw_mask(x)
     spoilt = torch.where(unpatchify(hidden[..., None].expand(-1, -1, 16), (4, 4), (4, 4)), torch.nan, x)
-    expected = model.predict_patches(x, hidden, visible)
-    assert torch.equal(model.predict_patches(spoilt, hidden, visible), expected)
+    expected = model.predict_patches(x, visible)
+    assert torch.equal(model.predict_patches(spoilt, visible), expected)
     assert expected.isfinite().all()
 
 
@@ -184,7 +184,7 @@ def test_reconstruct__visible_pixels_stay_and_hidden_ones_are_predicted(normaliz
     mask, rebuilt = result["mask"], result["reconstruction"]
     assert (mask.shape, rebuilt.shape) == ((3, 1, 12, 20), (3, 3, 12, 20))
     assert not rebuilt.requires_grad
-    predicted = model.predict_patches(x, hidden, visible)
+    predicted = model.predict_patches(x, visible)
     for b, k in itertools.product(range(3), range(15)):
         place = (slice(k // 5 * 4, k // 5 * 4 + 4), slice(k % 5 * 4, k % 5 * 4 + 4))
         assert (mask[b, 0][place] == float(hidden[b, k])).all()
@@ -236,7 +236,7 @@ def test_fit__equals_a_loop_by_hand(tmp_path: Path) -> None:
         seed_step(SimpleNamespace(current_epoch=0, global_rank=0), number)
         hidden = torch.zeros(8, 16, dtype=torch.bool).scatter(1, torch.rand(8, 16).topk(12).indices, True)
         visible = torch.stack([(~mask).nonzero().flatten() for mask in hidden])
-        loss = loss_by_hand(network.predict_patches(x, hidden, visible), x, hidden, 4, normalize=True)
+        loss = loss_by_hand(network.predict_patches(x, visible), x, hidden, 4, normalize=True)
         assert steps.losses[number] == pytest.approx(loss.item(), rel=1e-5)
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 0.5)

@@ -59,9 +59,8 @@ class ClassificationPictures(L.Callback):
                 self._counts = torch.zeros(num_classes, num_classes, dtype=torch.long, device=logits.device)
             cells = torch.bincount(labels * num_classes + predictions, minlength=num_classes**2)
             self._counts += cells.view(num_classes, num_classes)
-        losses = F.cross_entropy(
-            logits, labels, reduction="none"
-        )  # of no image, maybe: all processes count all the same
+        # Of no image, maybe; but all processes have to count, or the sum over them would wait for ever.
+        losses = F.cross_entropy(logits, labels, reduction="none")
         for i in losses.topk(min(self.num_worst, len(losses))).indices.tolist():
             picture = trainer.datamodule.denormalize(images[i]).cpu()  # type: ignore[attr-defined]
             self._worst.append((losses[i].item(), picture, int(labels[i]), int(predictions[i])))

@@ -17,7 +17,7 @@ class ReconstructionPictures(L.Callback):
 
     Args:
         num_images: Rows; the images are spread over the val set.
-        every_n_epochs: How often, from the first epoch on; the last epoch always counts.
+        every_n_epochs: How often; epoch `trainer.max_epochs` always counts.
         size: Side in px at which an image is shown.
     """
 

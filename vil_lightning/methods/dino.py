@@ -303,9 +303,8 @@ class DINO(L.LightningModule):
         return command
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._finite.raise_if_not_finite(
-            self, self.scheduled("lr")
-        )  # never overwrite a good checkpoint with a broken one
+        # Never overwrite a good checkpoint with a broken one.
+        self._finite.raise_if_not_finite(self, self.scheduled("lr"))
         checkpoint[CHECKPOINT_KEY] = recorded_backbone(self.backbone_config)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

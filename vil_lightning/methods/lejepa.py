@@ -194,9 +194,8 @@ class LeJEPA(L.LightningModule):
         return f"python main.py fit --config configs/linear_probe.yaml --model.backbone.weights {checkpoint}"
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._finite.raise_if_not_finite(
-            self, self.scheduled_lr()
-        )  # never overwrite a good checkpoint with a broken one
+        # Never overwrite a good checkpoint with a broken one.
+        self._finite.raise_if_not_finite(self, self.scheduled_lr())
         checkpoint[CHECKPOINT_KEY] = recorded_backbone(self.backbone_config)
         record_settings(checkpoint, betas=self.betas, weight_decay=self.weight_decay)
 

@@ -156,7 +156,7 @@ class MAE(L.LightningModule):
         num_visible = hidden.shape[1] - num_hidden(self.mask_kind, grid_size, self.mask_ratio)
         return hidden, visible_positions(hidden, num_visible)
 
-    def predict_patches(self, images: Tensor, hidden: Tensor, visible: Tensor) -> Tensor:
+    def predict_patches(self, images: Tensor, visible: Tensor) -> Tensor:
         """Predicted pixels (B, N, P) of every patch."""
         dropped = self.hidden == "drop"
         tokens = encode_visible(self.backbone, images, visible, None if dropped else self.mask_token)
@@ -171,7 +171,7 @@ class MAE(L.LightningModule):
         self._finite.raise_if_not_finite(self, self.scheduled_lr())
         images, _ = batch
         hidden, visible = self.draw_mask(images)
-        prediction = self.predict_patches(images, hidden, visible)
+        prediction = self.predict_patches(images, visible)
         with torch.autocast(self.device.type, enabled=False):
             target = patchify(images.float(), self.patch_size)
             if self.normalize_targets:
@@ -186,7 +186,7 @@ class MAE(L.LightningModule):
         """For pictures: the mask (B, 1, H, W) and the images (B, 3, H, W) with hidden patches as predicted."""
         hidden, visible = self.draw_mask(images)
         pixels = patchify(images.float(), self.patch_size)
-        prediction = self.predict_patches(images, hidden, visible).float()
+        prediction = self.predict_patches(images, visible).float()
         if self.normalize_targets:  # the network does not know mean and deviation: take the true ones
             _, mean, deviation = normalize_patches(pixels)
             prediction = prediction * deviation + mean
@@ -265,9 +265,8 @@ class MAE(L.LightningModule):
         return f"python main.py fit --config configs/finetune.yaml --model.backbone.weights {checkpoint}"
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._finite.raise_if_not_finite(
-            self, self.scheduled_lr()
-        )  # never overwrite a good checkpoint with a broken one
+        # Never overwrite a good checkpoint with a broken one.
+        self._finite.raise_if_not_finite(self, self.scheduled_lr())
         checkpoint[CHECKPOINT_KEY] = recorded_backbone(self.backbone_config)
         record_settings(checkpoint, betas=self.betas, weight_decay=self.weight_decay)
 
