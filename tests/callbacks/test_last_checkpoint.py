@@ -183,3 +183,15 @@ def test_last__on_an_error_if_wanted(tmp_path: Path, wanted: bool) -> None:
     with pytest.raises(RuntimeError, match="stopped"):
         trainer.fit(Line(SCORES), DataLoader(torch.zeros(STEPS_PER_EPOCH, 1)))  # type: ignore[arg-type]
     assert steps_in(tmp_path / "last.ckpt") == (5 if wanted else 3)
+
+
+def test_last__by_steps_is_written_again_after_the_validation_of_its_step(tmp_path: Path) -> None:
+    found: list[float] = []
+
+    class Look(L.Callback):
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            if trainer.current_epoch:
+                found.append(best_recorded(tmp_path / "last.ckpt"))
+
+    run(tmp_path, [0.7, 0.1], 2, every_n_train_steps=STEPS_PER_EPOCH, callbacks=[Look()])
+    assert found == [pytest.approx(0.7)]
