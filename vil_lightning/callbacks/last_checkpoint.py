@@ -48,6 +48,10 @@ class LastCheckpoint(ModelCheckpoint):
         if not self.by_epoch and self._last_global_step_saved == trainer.global_step and trainer.state.fn == "fit":
             self._save(trainer)
 
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        self.on_validation_end(trainer, pl_module)  # the others may look at a validation's result only now
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         saved = self.by_epoch and self._last_global_step_saved == trainer.global_step
         if not saved and not trainer.fast_dev_run:  # type: ignore[attr-defined]
