@@ -100,12 +100,10 @@ class Quiet(MAE):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.trainer = trainer()
+        self.optimisation.lr_at = lambda module: 0.0
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         pass
-
-    def scheduled_lr(self) -> float:
-        return 0.0
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -221,7 +219,7 @@ def test_fit__equals_a_loop_by_hand(tmp_path: Path) -> None:
     fit.fit(model, datamodule=pictures())
     assert fit.global_step == 3
     peak = 0.1 * 8 / 256
-    assert model.lr == pytest.approx(peak, rel=1e-12)
+    assert model.optimisation.peak_lr == pytest.approx(peak, rel=1e-12)
 
     network = mae(**settings).train()
     groups = []
@@ -278,7 +276,7 @@ def test_fit__every_trained_parameter_has_a_gradient(
             missing.extend(n for n, p in pl_module.named_parameters() if p.requires_grad and p.grad is None)
 
     model = mae(name=name, backbone=backbone, **kwargs)
-    model.lr_warmup = 0
+    model.optimisation.lr_warmup = 0
     fit = trainer(tmp_path, max_epochs=1, limit_train_batches=1, callbacks=[Watch()])
     fit.fit(model, datamodule=pictures())
     assert math.isfinite(float(fit.callback_metrics["train/loss"]))
@@ -439,7 +437,7 @@ def train(world_size: int, out: Path) -> None:
         fit = trainer(out, max_steps=3, max_epochs=1, **parallel)
         fit.fit(model, datamodule=pictures(8 // world_size))
         assert fit.global_step == 3
-        assert model.global_batch_size == 8
+        assert model.optimisation.global_batch_size == 8
         torch.save(model.state_dict(), out / f"{name}_world{world_size}_rank{fit.global_rank}.pt")
 
 

@@ -105,7 +105,7 @@ def test_fit__equals_a_loop_by_hand(tmp_path: Path) -> None:
     fit = trainer(tmp_path, max_steps=2, max_epochs=1, callbacks=[steps], accumulate_grad_batches=2)
     fit.fit(model, datamodule=pictures())
     peak = 0.2 * 16 / 512
-    assert (fit.global_step, model.lr) == (2, pytest.approx(peak, rel=1e-12))
+    assert (fit.global_step, model.optimisation.peak_lr) == (2, pytest.approx(peak, rel=1e-12))
     groups = []
     for name, parameter in network.named_parameters():
         if "fc_norm" not in name:

@@ -11,7 +11,6 @@ Letters: `B` images per device, `V` views, `K` prototypes.
 """
 
 import math
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -33,6 +32,7 @@ from vil_lightning.methods.backbone import (
     recorded_backbone,
     resolve_backbone,
 )
+from vil_lightning.methods.commands import probe_command
 from vil_lightning.methods.divergence import FiniteCheck
 from vil_lightning.methods.optimisers import adamw
 from vil_lightning.methods.randomness import seed_step
@@ -294,13 +294,7 @@ class DINO(L.LightningModule):
 
     def next_command(self, checkpoint: str) -> str:
         """What to run when this run has ended."""
-        command = f"python main.py fit --config configs/linear_probe.yaml --model.backbone.weights {checkpoint}"
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if hasattr(data, "root"):  # not the data set of that recipe
-            command += f" --data {type(data).__name__} --data.root {data.root} --data.img_size {data.img_size}"
-            command += f" --data.mean '{list(data.mean)}' --data.std '{list(data.std)}'"
-            command += f" --run_name {Path(checkpoint).parent.name}_probe"
-        return command
+        return probe_command(self, checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Never overwrite a good checkpoint with a broken one.

@@ -20,23 +20,17 @@ from torch import Tensor, nn
 
 from vil_lightning.errors import ConfigError
 from vil_lightning.methods.backbone import (
-    CHECKPOINT_KEY,
     BackboneConfig,
     build_backbone,
     check_input_size,
-    check_resumed_backbone,
     feature_dim,
-    recorded_backbone,
     resolve_backbone,
 )
+from vil_lightning.methods.commands import probe_command
 from vil_lightning.methods.dino import concat_by_size
-from vil_lightning.methods.divergence import FiniteCheck
-from vil_lightning.methods.optimisers import adamw, set_lr
+from vil_lightning.methods.optimisation import Optimisation
 from vil_lightning.methods.randomness import seed_step
-from vil_lightning.methods.resuming import check_settings, record_settings
-from vil_lightning.methods.run_length import global_batch_size, resolve_durations
-from vil_lightning.optim import clip_grad_per_tensor, scale_lr
-from vil_lightning.schedules import Duration, linear_cosine
+from vil_lightning.schedules import Duration
 
 
 class LeJEPA(L.LightningModule):
@@ -74,8 +68,6 @@ class LeJEPA(L.LightningModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        if base_lr <= 0:
-            raise ConfigError(f"model.base_lr={base_lr} must be positive.")
         if not 0 < sigreg_weight <= 1:
             raise ConfigError(
                 f"model.sigreg_weight={sigreg_weight} must be in (0, 1]: without SIGReg all embeddings become one."
@@ -83,23 +75,14 @@ class LeJEPA(L.LightningModule):
         if num_directions < 1:
             raise ConfigError(f"model.num_directions={num_directions} must be at least 1.")
         self.backbone_config = resolve_backbone(backbone)
+        self.optimisation = Optimisation(self.backbone_config, base_lr, lr_warmup, final_lr, betas, weight_decay)
         self.sigreg_weight = sigreg_weight
-        self.base_lr = base_lr
-        self.lr_warmup = lr_warmup
-        self.final_lr = final_lr
-        self.betas = tuple(betas)
-        self.weight_decay = weight_decay
         self.backbone = build_backbone(self.backbone_config)
         self.head = LeJEPAProjectionHead(feature_dim(self.backbone), head_hidden_dim, proj_dim)
         # Gathering does nothing on a single process.
         self.loss = LeJEPALoss(sigreg_weight, gather_distributed=True, sigreg_num_vectors=num_directions)
         if compile:
             self.backbone.compile()
-        self._grad_norm = torch.zeros(())
-        self._finite = FiniteCheck(
-            "a lower model.base_lr, a longer model.lr_warmup, trainer.gradient_clip_val=1.0, or trainer.precision=bf16-mixed "
-            "instead of 16-mixed."
-        )
 
     # --- the method ---------------------------------------------------------------------------------------------------
 
@@ -108,18 +91,16 @@ class LeJEPA(L.LightningModule):
         return self.backbone(images)
 
     def training_step(self, batch: tuple[list[Tensor], Tensor], batch_idx: int) -> Tensor:
-        self._finite.raise_if_not_finite(self, self.scheduled_lr())
+        self.optimisation.start(self)
         views, _ = batch
         features = torch.cat([self.backbone(same_size) for same_size in concat_by_size(views)])  # (V B, D)
         projected = self.head(features)
         with torch.autocast(self.device.type, enabled=False):
             projected = projected.float().unflatten(0, (len(views), -1))  # (V, B, P)
             loss = self.loss(global_proj=projected[:2], local_proj=projected[2:])
-        self._finite.watch_loss(self, loss)
-        self.log("train/loss", loss, prog_bar=True)
         if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log_health(projected.detach(), features.detach(), loss.detach())
-        return loss
+        return self.optimisation.watch(self, loss)
 
     @torch.no_grad()
     def _log_health(self, projected: Tensor, features: Tensor, loss: Tensor) -> None:
@@ -145,27 +126,17 @@ class LeJEPA(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        self._grad_norm = clip_grad_per_tensor(self.parameters(), None)  # only measures
+        self.optimisation.measure_gradients(self)
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Called once per optimiser step, however many batches it accumulates."""
-        lr = self.scheduled_lr()
-        set_lr(optimizer, lr)
+        self.optimisation.before_step(self, optimizer)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self._finite.watch_grad_norm(self, self._grad_norm)
-        self.log_dict({"schedule/lr": lr, "train/grad_norm": self._grad_norm})
-
-    def scheduled_lr(self) -> float:
-        """Learning rate at the current optimiser step."""
-        steps = self.schedule_steps
-        return linear_cosine(self.trainer.global_step, steps["total"], steps["lr_warmup"], 0.0, self.lr, self.final_lr)
+        self.optimisation.after_step(self)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        self.schedule_steps = resolve_durations(self.trainer, {"lr_warmup": self.lr_warmup})
-        self.global_batch_size = global_batch_size(self.trainer)
-        self.lr = scale_lr(self.base_lr, self.global_batch_size)
-        return adamw(self, self, self.lr, self.weight_decay, self.betas)  # type: ignore[arg-type]
+        return self.optimisation.configure(self)
 
     # --- checks before the first step, and reports --------------------------------------------------------------------
 
@@ -181,24 +152,17 @@ class LeJEPA(L.LightningModule):
 
     def run_info(self) -> dict[str, str]:
         """What the run's first lines say about the method."""
-        steps = self.schedule_steps
         return {
             "method": f"LeJEPA, SIGReg weight {self.sigreg_weight:g}",
-            "backbone": f"{self.backbone_config.name} {self.backbone_config.kwargs or ''}",
-            "learning rate": f"{self.lr:.3g} = {self.base_lr:g} x {self.global_batch_size} / 256, to {self.final_lr:g}",
-            "schedules": f"{steps['total']} steps; warm-up {steps['lr_warmup']}",
+            **self.optimisation.run_info(),
         }
 
     def next_command(self, checkpoint: str) -> str:
         """What to run when this run has ended."""
-        return f"python main.py fit --config configs/linear_probe.yaml --model.backbone.weights {checkpoint}"
+        return probe_command(self, checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # Never overwrite a good checkpoint with a broken one.
-        self._finite.raise_if_not_finite(self, self.scheduled_lr())
-        checkpoint[CHECKPOINT_KEY] = recorded_backbone(self.backbone_config)
-        record_settings(checkpoint, betas=self.betas, weight_decay=self.weight_decay)
+        self.optimisation.save(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_resumed_backbone(checkpoint, self.backbone_config)
-        check_settings(self._trainer, checkpoint, betas=self.betas, weight_decay=self.weight_decay)
+        self.optimisation.load(self, checkpoint)

@@ -16,15 +16,12 @@ from torch import Tensor, nn
 from vil_lightning.errors import ConfigError
 from vil_lightning.masking import hidden_mask, num_hidden, visible_positions
 from vil_lightning.methods.backbone import (
-    CHECKPOINT_KEY,
     BackboneConfig,
     build_backbone,
     check_input_size,
-    check_resumed_backbone,
-    recorded_backbone,
     resolve_backbone,
 )
-from vil_lightning.methods.divergence import FiniteCheck
+from vil_lightning.methods.commands import finetune_command
 from vil_lightning.methods.masked import (
     check_maskable,
     compile_blocks,
@@ -33,12 +30,9 @@ from vil_lightning.methods.masked import (
     patchify,
     unpatchify,
 )
-from vil_lightning.methods.optimisers import adamw, set_lr
+from vil_lightning.methods.optimisation import Optimisation
 from vil_lightning.methods.randomness import seed_step
-from vil_lightning.methods.resuming import check_settings, record_settings
-from vil_lightning.methods.run_length import global_batch_size, resolve_durations
-from vil_lightning.optim import clip_grad_per_tensor, scale_lr
-from vil_lightning.schedules import Duration, linear_cosine
+from vil_lightning.schedules import Duration
 
 
 class SimMIM(L.LightningModule):
@@ -73,18 +67,14 @@ class SimMIM(L.LightningModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        if base_lr <= 0:
-            raise ConfigError(f"model.base_lr={base_lr} must be positive.")
         if mask_unit < 1:
             raise ConfigError(f"model.mask_unit={mask_unit} must be at least 1 patch.")
         self.backbone_config = resolve_backbone(backbone)
+        self.optimisation = Optimisation(
+            self.backbone_config, base_lr, lr_warmup, final_lr, betas, weight_decay, lr_batch_size=512, clip=5.0
+        )
         self.mask_ratio = mask_ratio
         self.mask_unit = mask_unit
-        self.base_lr = base_lr
-        self.lr_warmup = lr_warmup
-        self.final_lr = final_lr
-        self.betas = tuple(betas)
-        self.weight_decay = weight_decay
         self.backbone = build_backbone(self.backbone_config)
         check_maskable(self.backbone, "SimMIM")
         freeze_readout(self.backbone)
@@ -97,11 +87,6 @@ class SimMIM(L.LightningModule):
         self.head = nn.Linear(dim, 3 * self.patch_size[0] * self.patch_size[1])
         if compile:
             compile_blocks(self.backbone)
-        self._grad_norm = torch.zeros(())
-        self._finite = FiniteCheck(
-            "a lower model.base_lr, a longer model.lr_warmup, trainer.gradient_clip_val=5.0, or trainer.precision=bf16-mixed "
-            "instead of 16-mixed."
-        )
 
     def _check_mask(self, grid_size: tuple[int, int]) -> None:
         if grid_size[0] % self.mask_unit or grid_size[1] % self.mask_unit:
@@ -136,16 +121,14 @@ class SimMIM(L.LightningModule):
         return self.head(encode_visible(self.backbone, images, visible, self.mask_token))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        self._finite.raise_if_not_finite(self, self.scheduled_lr())
+        self.optimisation.start(self)
         images, _ = batch
         hidden, visible = self.draw_mask(images)
         prediction = self.predict_patches(images, visible)
         with torch.autocast(self.device.type, enabled=False):
             per_patch = (prediction.float() - patchify(images.float(), self.patch_size)).abs().mean(-1)
             loss = (per_patch * hidden).sum() / hidden.sum()
-        self._finite.watch_loss(self, loss)
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
+        return self.optimisation.watch(self, loss)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> dict[str, Tensor]:
@@ -174,27 +157,17 @@ class SimMIM(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        self._grad_norm = clip_grad_per_tensor(self.parameters(), None)  # only measures
+        self.optimisation.measure_gradients(self)
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Called once per optimiser step, however many batches it accumulates."""
-        lr = self.scheduled_lr()
-        set_lr(optimizer, lr)
+        self.optimisation.before_step(self, optimizer)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self._finite.watch_grad_norm(self, self._grad_norm)
-        self.log_dict({"schedule/lr": lr, "train/grad_norm": self._grad_norm})
-
-    def scheduled_lr(self) -> float:
-        """Learning rate at the current optimiser step."""
-        steps = self.schedule_steps
-        return linear_cosine(self.trainer.global_step, steps["total"], steps["lr_warmup"], 0.0, self.lr, self.final_lr)
+        self.optimisation.after_step(self)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        self.schedule_steps = resolve_durations(self.trainer, {"lr_warmup": self.lr_warmup})
-        self.global_batch_size = global_batch_size(self.trainer)
-        self.lr = scale_lr(self.base_lr, self.global_batch_size, 512)
-        return adamw(self, self, self.lr, self.weight_decay, self.betas)  # type: ignore[arg-type]
+        return self.optimisation.configure(self)
 
     # --- checks before the first step, and reports --------------------------------------------------------------------
 
@@ -211,24 +184,17 @@ class SimMIM(L.LightningModule):
 
     def run_info(self) -> dict[str, str]:
         """What the run's first lines say about the method."""
-        steps = self.schedule_steps
         return {
             "method": f"SimMIM, {self.mask_ratio:g} hidden in squares of {self.mask_unit} x {self.mask_unit} patches",
-            "backbone": f"{self.backbone_config.name} {self.backbone_config.kwargs or ''}",
-            "learning rate": f"{self.lr:.3g} = {self.base_lr:g} x {self.global_batch_size} / 512, to {self.final_lr:g}",
-            "schedules": f"{steps['total']} steps; warm-up {steps['lr_warmup']}",
+            **self.optimisation.run_info(),
         }
 
     def next_command(self, checkpoint: str) -> str:
         """What to run when this run has ended."""
-        return f"python main.py fit --config configs/finetune.yaml --model.backbone.weights {checkpoint}"
+        return finetune_command(self, checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # Never overwrite a good checkpoint with a broken one.
-        self._finite.raise_if_not_finite(self, self.scheduled_lr())
-        checkpoint[CHECKPOINT_KEY] = recorded_backbone(self.backbone_config)
-        record_settings(checkpoint, betas=self.betas, weight_decay=self.weight_decay)
+        self.optimisation.save(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_resumed_backbone(checkpoint, self.backbone_config)
-        check_settings(self._trainer, checkpoint, betas=self.betas, weight_decay=self.weight_decay)
+        self.optimisation.load(self, checkpoint)

@@ -1,0 +1,23 @@
+"""Commands that a run suggests when it has ended."""
+
+from pathlib import Path
+
+import lightning as L
+
+
+def probe_command(module: L.LightningModule, checkpoint: str) -> str:
+    """Score the features in `checkpoint` on the data of the run."""
+    command = f"python main.py fit --config configs/linear_probe.yaml --model.backbone.weights {checkpoint}"
+    data = module.trainer.datamodule  # type: ignore[attr-defined]
+    if hasattr(data, "root"):  # not the data set of that recipe
+        command += f" --data {type(data).__name__} --data.root {data.root} --data.img_size {data.img_size}"
+        command += f" --data.mean '{list(data.mean)}' --data.std '{list(data.std)}'"
+        command += f" --run_name {Path(checkpoint).parent.name}_probe"
+    return command
+
+
+def finetune_command(module: L.LightningModule, checkpoint: str) -> str:
+    """Fine-tune the network in `checkpoint`; where there is no recipe for the run's data, score its features."""
+    if hasattr(module.trainer.datamodule, "root"):  # type: ignore[attr-defined]
+        return probe_command(module, checkpoint)
+    return f"python main.py fit --config configs/finetune.yaml --model.backbone.weights {checkpoint}"
