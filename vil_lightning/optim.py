@@ -1,7 +1,8 @@
 """Parameter groups, learning-rate scaling, gradient clipping."""
 
+import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.models import group_parameters
@@ -56,9 +57,19 @@ def layer_lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
     return {name: layer_decay ** (last - layer) for name, layer in layers.items()}
 
 
-def scale_lr(base_lr: float, global_batch_size: int, reference_batch_size: int = 256) -> float:
-    """Linear scaling rule: the learning rate for a batch, from the one per `reference_batch_size` images."""
-    return base_lr * global_batch_size / reference_batch_size
+def scale_lr(
+    base_lr: float,
+    global_batch_size: int,
+    reference_batch_size: int = 256,
+    rule: Literal["linear", "sqrt"] = "linear",
+) -> float:
+    """The learning rate for a batch, from the one per `reference_batch_size` images.
+
+    Args:
+        rule: `linear` (Goyal et al. 2017, arXiv:1706.02677), or with the square root of the batch (`sqrt`, DINOv2).
+    """
+    factor = global_batch_size / reference_batch_size
+    return base_lr * (factor if rule == "linear" else math.sqrt(factor))
 
 
 @torch.no_grad()

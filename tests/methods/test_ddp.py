@@ -22,7 +22,7 @@ def train(world_size: int, out: Path) -> None:
     fit = trainer(out, max_steps=STEPS, max_epochs=1, **parallel)
     fit.fit(model, datamodule=digits(GLOBAL_BATCH // world_size))
     assert fit.global_step == STEPS
-    assert model.global_batch_size == GLOBAL_BATCH
+    assert model.distillation.global_batch_size == GLOBAL_BATCH
     torch.save(model.state_dict(), out / f"world{world_size}_rank{fit.global_rank}.pt")
 
 

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from vil_lightning.data import MultiCrop
 from vil_lightning.errors import ConfigError
-from vil_lightning.methods import DINO, BackboneConfig
-from vil_lightning.methods import dino as dino_module
-from vil_lightning.methods.dino import _DIAGNOSES, _Symptoms, concat_by_size
+from vil_lightning.methods import DINO, BackboneConfig, self_distillation
 from vil_lightning.methods.optimisers import adamw
+from vil_lightning.methods.self_distillation import _DIAGNOSES, CollapseWatch, concat_by_size
 
 
 def loss_by_loops(teacher: list[Tensor], student: list[Tensor], center: Tensor, t_temp: float, s_temp: float) -> Tensor:
@@ -251,9 +250,9 @@ def test_accumulation__schedules_and_teacher_count_optimizer_steps() -> None:
     fit = trainer(max_epochs=2, accumulate_grad_batches=2, callbacks=[recorder])
     fit.fit(model, datamodule=digits())
     assert fit.global_step == 4
-    assert model.schedule_steps["total"] == 4
-    assert model.schedule_steps["freeze_last_layer"] == 2
-    assert model.global_batch_size == 16
+    assert model.distillation.steps["total"] == 4
+    assert model.distillation.steps["freeze_last_layer"] == 2
+    assert model.distillation.global_batch_size == 16
     peak = 0.05 * 16 / 256
     for batch, values in enumerate(recorder.schedules):
         share = 0.5 * (1 + math.cos(math.pi * (batch // 2) / 4))
@@ -309,20 +308,20 @@ HEALTHY = {"entropy_ratio": 0.5, "loss_ratio": 0.6, "feature_std": 0.7}
     ],
 )
 def test_symptoms__reported_once_when_they_last(name: str, values: dict[str, float]) -> None:
-    symptoms = _Symptoms()
+    symptoms = CollapseWatch()
     reports = [symptoms.update(**{**HEALTHY, **values}) for _ in range(40)]
     assert reports == [None] * 9 + [_DIAGNOSES[name]] + [None] * 30
 
 
 def test_symptoms__interruption_starts_the_count_again() -> None:
-    symptoms = _Symptoms()
+    symptoms = CollapseWatch()
     for _ in range(5):
         assert all(symptoms.update(**{**HEALTHY, "feature_std": 0.0}) is None for _ in range(9))
         assert symptoms.update(**HEALTHY) is None
 
 
 def test_symptoms__healthy_run_is_never_diagnosed() -> None:
-    symptoms = _Symptoms()
+    symptoms = CollapseWatch()
     # Early in training teacher and loss are near ln K, but not both; late, a confident teacher has a low loss.
     for i in range(200):
         share = i / 199
@@ -416,10 +415,10 @@ def test_errors__run_without_an_end() -> None:
 
 def test_errors__scores_that_cannot_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     needed = 4 * 8 * 24 * (3 * 4 + 4)
-    monkeypatch.setattr(dino_module, "available_memory", lambda device: needed - 1)
+    monkeypatch.setattr(self_distillation, "available_memory", lambda device: needed - 1)
     with pytest.raises(ConfigError, match=r"data\.batch_size=8 and model\.num_prototypes=24.*Reduce"):
         trainer(max_steps=4).fit(dino(), datamodule=digits())
-    monkeypatch.setattr(dino_module, "available_memory", lambda device: needed)
+    monkeypatch.setattr(self_distillation, "available_memory", lambda device: needed)
     trainer(max_steps=2).fit(dino(), datamodule=digits())
 
 
@@ -458,7 +457,7 @@ def test_configure_optimizers__length_given_in_steps_alone() -> None:
     fit = trainer(max_steps=6)
     fit.fit(model, datamodule=digits())
     assert fit.global_step == 6
-    assert model.schedule_steps == {"lr_warmup": 2, "teacher_temp_warmup": 0, "freeze_last_layer": 4, "total": 6}
+    assert model.distillation.steps == {"lr_warmup": 2, "teacher_temp_warmup": 0, "freeze_last_layer": 4, "total": 6}
 
 
 @pytest.mark.parametrize("scaler", [None, object()], ids=["bf16 or float32", "with a gradient scaler"])

@@ -27,9 +27,9 @@ from vil_lightning.methods.backbone import (
     resolve_backbone,
 )
 from vil_lightning.methods.commands import probe_command
-from vil_lightning.methods.dino import concat_by_size
 from vil_lightning.methods.optimisation import Optimisation
 from vil_lightning.methods.randomness import seed_step
+from vil_lightning.methods.self_distillation import concat_by_size
 from vil_lightning.schedules import Duration
 
 
