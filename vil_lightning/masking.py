@@ -52,6 +52,40 @@ def visible_positions(hidden: Tensor, num_visible: int) -> Tensor:
     return hidden.to(torch.uint8).argsort(dim=1, stable=True)[:, :num_visible]
 
 
+def hidden_except(visible: Tensor, num_patches: int) -> Tensor:
+    """The mask (B, N) of all patches but the `visible` ones (B, K)."""
+    mask = torch.ones(len(visible), num_patches, dtype=torch.bool, device=visible.device)
+    return mask.scatter(1, visible, False)
+
+
+def uneven_block_mask(
+    batch_size: int,
+    grid_size: tuple[int, int],
+    mask_prob: float,
+    mask_ratio: tuple[float, float],
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Draw a mask of which images have unequal shares: rectangles in some images, nothing in the others (iBOT, DINOv2).
+
+    Args:
+        grid_size: (h, w).
+        mask_prob: Share of the images that are masked; which ones is random, how many is not.
+        mask_ratio: Smallest and largest share of hidden patches in a masked image. The masked images of a batch divide this
+            range evenly among them, so that a batch hides about equally many patches every time (DINOv2).
+
+    Returns:
+        (B, h * w) on `device`.
+    """
+    num_masked = round(mask_prob * batch_size)
+    low, high = mask_ratio
+    shares = (torch.arange(num_masked) + torch.rand(num_masked)) / max(num_masked, 1)
+    counts = ((low + shares * (high - low)) * math.prod(grid_size)).round().long().clamp(min=1).tolist()
+    masks = torch.zeros(batch_size, math.prod(grid_size), dtype=torch.bool)
+    for image, count in zip(torch.randperm(batch_size).tolist(), counts, strict=False):
+        masks[image] = _blocks(grid_size, count)
+    return masks.to(device)
+
+
 def _largest(scores: Tensor, count: int) -> Tensor:
     """True at the `count` largest of each row."""
     places = scores.argsort(dim=1, descending=True)[:, :count]

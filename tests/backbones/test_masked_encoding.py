@@ -15,7 +15,8 @@ from vil_lightning.backbones import layers
 from vil_lightning.backbones.vision_lstm import BLOCK_DESIGNS
 from vil_lightning.errors import ConfigError
 from vil_lightning.masking import hidden_mask, visible_positions
-from vil_lightning.methods.masked import check_maskable, encode_visible
+from vil_lightning.methods.backbone import patch_tokens
+from vil_lightning.methods.masked import check_maskable, encode_masked, encode_visible
 
 H, W = 3, 5
 HIDDEN = 8
@@ -50,6 +51,13 @@ def spoilt(x: Tensor, hidden: Tensor, value: float) -> Tensor:
     return torch.where(pixels(hidden), torch.full_like(x, value), x)
 
 
+def encode(model: Any, x: Tensor, hidden: Tensor, visible: Tensor, mask_token: Tensor | None) -> Tensor:
+    """Patch tokens, hidden patches left out or replaced."""
+    if mask_token is None:
+        return encode_visible(model, x, visible)
+    return patch_tokens(model, encode_masked(model, x, hidden, mask_token))
+
+
 # --- nothing of a hidden patch gets through ---------------------------------------------------------------------------
 
 
@@ -64,10 +72,10 @@ def test_vil__does_not_see_hidden_pixels(design: str, pool: str, version: str, m
     hidden, visible = masks()
     token = torch.randn(32, dtype=torch.float64) if mask_token else None
     with torch.no_grad():
-        expected = encode_visible(model, x, visible, token)
+        expected = encode(model, x, hidden, visible, token)
         for value in (1e30, torch.nan):
-            assert torch.equal(encode_visible(model, spoilt(x, hidden, value), visible, token), expected)
-        other = encode_visible(model, spoilt(x, ~hidden, 0.5), visible, token)
+            assert torch.equal(encode(model, spoilt(x, hidden, value), hidden, visible, token), expected)
+        other = encode(model, spoilt(x, ~hidden, 0.5), hidden, visible, token)
     assert expected.shape == (2, H * W if mask_token else H * W - HIDDEN, 32)
     assert expected.isfinite().all()
     assert not torch.isclose(other, expected).any(-1).all()
@@ -82,9 +90,9 @@ def test_vit__does_not_see_hidden_pixels(name: str, dynamic: bool, mask_token: b
     hidden, visible = masks()
     token = torch.randn(32, dtype=torch.float64) if mask_token else None
     with torch.no_grad():
-        expected = encode_visible(model, x, visible, token)
+        expected = encode(model, x, hidden, visible, token)
         for value in (1e30, torch.nan):
-            assert torch.equal(encode_visible(model, spoilt(x, hidden, value), visible, token), expected)
+            assert torch.equal(encode(model, spoilt(x, hidden, value), hidden, visible, token), expected)
     assert expected.shape == (2, H * W if mask_token else H * W - HIDDEN, 32)
     assert expected.isfinite().all()
 
@@ -109,7 +117,8 @@ def test_vil__all_visible_is_the_dense_forward(design: str, pool: str, version: 
     everything = torch.arange(H * W).expand(2, -1)
     assert torch.equal(model.forward_features(x, everything), model.forward_features(x))
     token = torch.full((32,), torch.nan, dtype=torch.float64)
-    assert torch.equal(model.forward_features(x, everything, token), model.forward_features(x))
+    nothing = torch.zeros(2, H * W, dtype=torch.bool)
+    assert torch.equal(model.forward_features(x, hidden=nothing, mask_token=token), model.forward_features(x))
     patches = encode_visible(model, x, everything)
     assert torch.equal(patches, model.split_tokens(model.forward_features(x))[0])
 
@@ -193,9 +202,9 @@ def test_causal_vil__is_the_scan_of_the_kept_sequence(design: str) -> None:
 @pytest.mark.parametrize("pool", POOLS)
 def test_mask_token__replaces_patch_embeddings(pool: str) -> None:
     model, x = vil(global_pool=pool), images(16 * H, 16 * W).double()
-    hidden, visible = masks()
+    hidden, _ = masks()
     token = torch.randn(32, dtype=torch.float64)
-    actual = model.forward_features(x, visible, token)
+    actual = model.forward_features(x, hidden=hidden, mask_token=token)
 
     def replace(module: nn.Module, args: Any, embedded: Tensor) -> Tensor:
         embedded = embedded.clone()
@@ -210,11 +219,11 @@ def test_mask_token__replaces_patch_embeddings(pool: str) -> None:
 def test_mask_token__gets_a_gradient_from_hidden_places_only() -> None:
     model, x = vil(), images(16 * H, 16 * W).double()
     token = torch.randn(32, dtype=torch.float64, requires_grad=True)
-    model.forward_features(x, masks()[1], token).sum().backward()
+    model.forward_features(x, hidden=masks()[0], mask_token=token).sum().backward()
     assert token.grad is not None
     assert token.grad.abs().min() > 0
     token.grad = None
-    model.forward_features(x, torch.arange(H * W).expand(2, -1), token).sum().backward()
+    model.forward_features(x, hidden=torch.zeros(2, H * W, dtype=torch.bool), mask_token=token).sum().backward()
     assert not token.grad.any()
 
 
@@ -232,7 +241,7 @@ def test_vit__against_timms_own_forward(token: bool) -> None:
         rows = [torch.cat([torch.tensor([0]), row + 1]) for row in visible]
         tokens = torch.stack([tokens[image, row] for image, row in enumerate(rows)])
     expected = model.norm(model.blocks(tokens))[:, 1:]
-    assert torch.equal(encode_visible(model, x, visible, mask_token), expected)
+    assert torch.equal(encode(model, x, hidden, visible, mask_token), expected)
 
 
 # --- refused, checkpointed, compiled ----------------------------------------------------------------------------------
@@ -240,12 +249,32 @@ def test_vit__against_timms_own_forward(token: bool) -> None:
 
 def test_overlapping_patches__are_refused() -> None:
     model = build(stride=8)
-    for token in (None, torch.zeros(32)):
+    masked = {"hidden": torch.zeros(2, 4, dtype=torch.bool), "mask_token": torch.zeros(32)}
+    for kwargs in ({"visible": torch.arange(4).expand(2, -1)}, masked):
         with pytest.raises(ValueError, match=r"overlap.*without stride"):
-            model.forward_features(images(), torch.arange(4).expand(2, -1), token)
+            model.forward_features(images(), **kwargs)
     assert model.forward_features(images()).shape == (2, 49, 32)
     with pytest.raises(ConfigError, match=r"MAE: model\.backbone\.kwargs\.stride=\(8, 8\).*Leave stride unset"):
         check_maskable(model, "MAE")
+
+
+def test_hidden_and_visible__exclude_each_other() -> None:
+    model, x, (hidden, visible) = vil(), images(16 * H, 16 * W).double(), masks()
+    for kwargs in ({"hidden": hidden}, {"mask_token": torch.zeros(32)}, {"visible": visible, "hidden": hidden}):
+        with pytest.raises(ValueError, match="either visible, or hidden together with mask_token"):
+            model.forward_features(x, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["vil", "vit"])
+def test_encode_masked__unequal_numbers_of_hidden_patches(name: str) -> None:
+    """Each image as if it were alone."""
+    model, x = (vil() if name == "vil" else vit()), images(16 * H, 16 * W).double()
+    hidden, token = torch.zeros(2, H * W, dtype=torch.bool), torch.randn(32, dtype=torch.float64)
+    hidden[0, 2:9] = True
+    both = encode_masked(model, x, hidden, token)
+    for i in range(2):
+        torch.testing.assert_close(both[i : i + 1], encode_masked(model, x[i : i + 1], hidden[i : i + 1], token))
+    torch.testing.assert_close(both[1:], model.forward_features(x[1:]))
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "vit_tiny_r_s16_p8_224"], ids=str)
@@ -286,13 +315,13 @@ def test_forward_features__compiles_into_one_graph(version: str, design: str, to
     torch._dynamo.reset()
     args = {**VERSIONS[version], "img_size": (16 * H, 16 * W), "global_pool": "middle_cls", "depth": 1}
     model = build(**args, block_design=design)
-    x, visible = images(16 * H, 16 * W), masks()[1]
-    arguments = (x, visible, torch.randn(32)) if token else (x, visible)
-    expected = model.forward_features(*arguments)
+    x, (hidden, visible) = images(16 * H, 16 * W), masks()
+    arguments: Any = {"hidden": hidden, "mask_token": torch.randn(32)} if token else {"visible": visible}
+    expected = model.forward_features(x, **arguments)
     expected.square().sum().backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    output = torch.compile(model.forward_features, fullgraph=True, backend="aot_eager")(*arguments)
+    output = torch.compile(model.forward_features, fullgraph=True, backend="aot_eager")(x, **arguments)
     torch.testing.assert_close(output, expected)
     output.square().sum().backward()
     for name, gradient in gradients.items():

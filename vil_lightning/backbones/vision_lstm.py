@@ -540,20 +540,25 @@ class VisionLSTM(nn.Module):
     # --- forward ----------------------------------------------------------------------------------------------------
 
     def _embed(
-        self, x: Tensor, visible: Tensor | None = None, mask_token: Tensor | None = None
+        self,
+        x: Tensor,
+        visible: Tensor | None = None,
+        hidden: Tensor | None = None,
+        mask_token: Tensor | None = None,
     ) -> tuple[Tensor, Layout]:
         """(B, C, H, W) -> tokens (B, S, D), patches in row-major order, and what they are."""
         x = self.patch_embed(x)
         grid_size = (x.shape[1], x.shape[2])
-        if visible is not None and self.patch_embed.stride != self.patch_embed.patch_size:
+        masked = visible is not None or hidden is not None
+        if masked and self.patch_embed.stride != self.patch_embed.patch_size:
             raise ValueError(
                 f"Patches of {self.patch_embed.patch_size} px every {self.patch_embed.stride} px overlap: visible ones would "
                 "show the pixels of hidden ones. Build the model without stride to mask patches."
             )
-        if visible is not None and mask_token is not None:
-            seen = torch.zeros(x.shape[0], math.prod(grid_size), dtype=torch.bool, device=x.device)
-            seen = seen.scatter(1, visible, True).view(-1, *grid_size, 1)
-            x, visible = torch.where(seen, x, mask_token.to(x.dtype)), None
+        if (hidden is None) != (mask_token is None) or (visible is not None and hidden is not None):
+            raise ValueError("Pass either visible, or hidden together with mask_token.")
+        if hidden is not None and mask_token is not None:
+            x = torch.where(hidden.view(-1, *grid_size, 1), mask_token.to(x.dtype), x)
         layout = Layout(*grid_size, self.cls_layout, visible)
         x = layout.from_grid(self.pos_embed(x))
         if self.cls_tokens is not None:
@@ -569,15 +574,24 @@ class VisionLSTM(nn.Module):
             return checkpoint(block, x, layout)
         return block(x, layout)
 
-    def forward_features(self, x: Tensor, visible: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
+    def forward_features(
+        self,
+        x: Tensor,
+        visible: Tensor | None = None,
+        *,
+        hidden: Tensor | None = None,
+        mask_token: Tensor | None = None,
+    ) -> Tensor:
         """(B, C, H, W) -> all tokens (B, S, D) after the norm that follows the blocks.
 
         Args:
             x: Images.
             visible: Positions (B, K) of the patches to look at, sorted; None for all. Only these pass through the blocks.
-            mask_token: (D,). Takes the place of the other patches instead, so that all pass through the blocks.
+            hidden: Mask (B, N), True = hidden, of which images may have unequal numbers. All patches pass through the blocks,
+                with `mask_token` in the place of hidden ones.
+            mask_token: (D,), for `hidden`.
         """
-        x, layout = self._embed(x, visible, mask_token)
+        x, layout = self._embed(x, visible, hidden, mask_token)
         for block in self.blocks:
             x = self._block(block, x, layout)
         return self.norm(x)

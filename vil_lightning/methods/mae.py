@@ -22,17 +22,19 @@ import torch
 from torch import Tensor, nn
 
 from vil_lightning.errors import ConfigError
-from vil_lightning.masking import MASK_KINDS, hidden_mask, num_hidden, visible_positions
+from vil_lightning.masking import MASK_KINDS, hidden_except, hidden_mask, num_hidden, visible_positions
 from vil_lightning.methods.backbone import (
     BackboneConfig,
     build_backbone,
     check_input_size,
+    patch_tokens,
     resolve_backbone,
 )
 from vil_lightning.methods.commands import finetune_command
 from vil_lightning.methods.masked import (
     check_maskable,
     compile_blocks,
+    encode_masked,
     encode_visible,
     freeze_readout,
     normalize_patches,
@@ -141,12 +143,14 @@ class MAE(L.LightningModule):
 
     def predict_patches(self, images: Tensor, visible: Tensor) -> Tensor:
         """Predicted pixels (B, N, P) of every patch."""
-        dropped = self.hidden == "drop"
-        tokens = encode_visible(self.backbone, images, visible, None if dropped else self.mask_token)
         h, w = self.grid_size(images)
-        if dropped:
+        if self.hidden == "drop":
+            tokens = encode_visible(self.backbone, images, visible)
             full = self.mask_token.to(tokens.dtype).expand(len(images), h * w, -1)
             tokens = full.scatter(1, visible[..., None].expand_as(tokens), tokens)
+        else:
+            hidden = hidden_except(visible, h * w)
+            tokens = patch_tokens(self.backbone, encode_masked(self.backbone, images, hidden, self.mask_token))
         image = tokens.transpose(1, 2).unflatten(2, (h, w))
         return self.head(self.decoder.forward_features(image))  # type: ignore[operator]
 

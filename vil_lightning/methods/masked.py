@@ -1,4 +1,4 @@
-"""What masked-image methods share: encoding a part of the patches, and pixels as targets."""
+"""What methods that hide patches share: encoding the rest, and pixels as targets."""
 
 import torch
 from timm.layers import PatchEmbed
@@ -37,34 +37,49 @@ def freeze_readout(backbone: nn.Module) -> None:
             part.requires_grad_(False)
 
 
-def encode_visible(backbone: nn.Module, images: Tensor, visible: Tensor, mask_token: Tensor | None = None) -> Tensor:
-    """Patch tokens of the network, shown only some of the patches.
+def encode_visible(backbone: nn.Module, images: Tensor, visible: Tensor) -> Tensor:
+    """Patch tokens of the network, shown only some of the patches; the others are left out.
 
     Args:
         images: (B, 3, H, W).
         visible: Positions (B, K) of the patches to show, in increasing order.
-        mask_token: (D,). Stands for each of the others, so that all pass through the network; None leaves them out.
 
     Returns:
-        (B, K, D), or (B, N, D) with `mask_token`; after the final norm.
+        (B, K, D), after the final norm.
     """
     if isinstance(backbone, VisionLSTM):
-        return backbone.split_tokens(backbone.forward_features(images, visible, mask_token))[0]
+        return backbone.split_tokens(backbone.forward_features(images, visible))[0]
+    assert isinstance(backbone, VisionTransformer)
+    x = backbone._pos_embed(backbone.patch_embed(images))
+    prefix = backbone.num_prefix_tokens
+    x = torch.cat([x[:, :prefix], take_tokens(x[:, prefix:], visible)], dim=1)
+    return _transformer(backbone, x)[:, prefix:]
+
+
+def encode_masked(backbone: nn.Module, images: Tensor, hidden: Tensor, mask_token: Tensor) -> Tensor:
+    """All tokens of the network, with a learned token in the place of hidden patches.
+
+    Args:
+        images: (B, 3, H, W).
+        hidden: (B, N), True = hidden; images may have unequal numbers of them.
+        mask_token: (D,).
+
+    Returns:
+        (B, S, D), after the final norm, class tokens included: what the network's `forward_head` takes.
+    """
+    if isinstance(backbone, VisionLSTM):
+        return backbone.forward_features(images, hidden=hidden, mask_token=mask_token)
     assert isinstance(backbone, VisionTransformer)
     x = backbone.patch_embed(images)  # (B, N, D); (B, h, w, D) with dynamic_img_size
-    if mask_token is not None:
-        seen = torch.zeros(x.shape[0], x.shape[1:-1].numel(), dtype=torch.bool, device=x.device).scatter(
-            1, visible, True
-        )
-        x = torch.where(seen.view(*x.shape[:-1], 1), x, mask_token.to(x.dtype))
-    x = backbone._pos_embed(x)
-    if mask_token is None:
-        prefix = backbone.num_prefix_tokens
-        x = torch.cat([x[:, :prefix], take_tokens(x[:, prefix:], visible)], dim=1)
+    x = torch.where(hidden.view(*x.shape[:-1], 1), mask_token.to(x.dtype), x)
+    return _transformer(backbone, backbone._pos_embed(x))
+
+
+def _transformer(backbone: VisionTransformer, x: Tensor) -> Tensor:
     x = backbone.norm_pre(x)
     for block in backbone.blocks:
         x = checkpoint(block, x) if backbone.grad_checkpointing else block(x)
-    return backbone.norm(x)[:, backbone.num_prefix_tokens :]
+    return backbone.norm(x)
 
 
 def compile_blocks(network: nn.Module) -> None:

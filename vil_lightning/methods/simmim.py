@@ -14,18 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from vil_lightning.errors import ConfigError
-from vil_lightning.masking import hidden_mask, num_hidden, visible_positions
+from vil_lightning.masking import hidden_except, hidden_mask, num_hidden, visible_positions
 from vil_lightning.methods.backbone import (
     BackboneConfig,
     build_backbone,
     check_input_size,
+    patch_tokens,
     resolve_backbone,
 )
 from vil_lightning.methods.commands import finetune_command
 from vil_lightning.methods.masked import (
     check_maskable,
     compile_blocks,
-    encode_visible,
+    encode_masked,
     freeze_readout,
     patchify,
     unpatchify,
@@ -118,7 +119,9 @@ class SimMIM(L.LightningModule):
 
     def predict_patches(self, images: Tensor, visible: Tensor) -> Tensor:
         """Predicted pixels (B, N, P) of every patch."""
-        return self.head(encode_visible(self.backbone, images, visible, self.mask_token))
+        h, w = self.grid_size(images)
+        tokens = encode_masked(self.backbone, images, hidden_except(visible, h * w), self.mask_token)
+        return self.head(patch_tokens(self.backbone, tokens))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         self.optimisation.start(self)
