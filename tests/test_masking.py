@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from vil_lightning.masking import MASK_KINDS, hidden_mask, num_hidden, visible_positions
+from vil_lightning.masking import (
+    MASK_KINDS,
+    hidden_except,
+    hidden_mask,
+    num_hidden,
+    uneven_block_mask,
+    visible_positions,
+)
 
 DRAWS = 10_000
 
@@ -161,3 +168,38 @@ def test_visible_positions__are_sorted_and_the_complement(kind: str) -> None:
 def test_visible_positions__all_and_none() -> None:
     assert visible_positions(torch.zeros(2, 5, dtype=torch.bool), 5).tolist() == [[0, 1, 2, 3, 4]] * 2
     assert visible_positions(torch.ones(2, 5, dtype=torch.bool), 0).shape == (2, 0)
+
+
+# --- unequal shares ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid_size", [(14, 14), (6, 9), (4, 4)])
+def test_uneven_block_mask__which_images_and_how_much(grid_size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    total, shares, masked_images = grid_size[0] * grid_size[1], [], torch.zeros(8)
+    for _ in range(1250):  # 10,000 images
+        hidden = uneven_block_mask(8, grid_size, 0.5, (0.1, 0.5))
+        counts = hidden.sum(1)
+        assert hidden.shape == (8, total)
+        assert int((counts > 0).sum()) == 4
+        masked_images += (counts > 0).float()
+        of_masked = sorted((counts[counts > 0] / total).tolist())
+        for i, share in enumerate(of_masked):  # one from each quarter of the range
+            assert 0.1 + 0.1 * i - 0.51 / total <= share <= 0.1 + 0.1 * (i + 1) + 0.51 / total
+        shares += of_masked
+    assert sum(shares) / len(shares) == pytest.approx(0.3, abs=0.005)
+    assert (masked_images / 1250 - 0.5).abs().max() < 0.06  # four deviations
+
+
+def test_uneven_block_mask__hides_rectangles_and_at_least_one_patch() -> None:
+    torch.manual_seed(0)
+    hidden = uneven_block_mask(64, (14, 14), 1.0, (0.1, 0.5)).view(64, 14, 14)
+    neighbours = (hidden[:, :, 1:] & hidden[:, :, :-1]).sum() + (hidden[:, 1:] & hidden[:, :-1]).sum()
+    assert float(neighbours / hidden.sum()) > 1.2  # single patches drawn at random: twice their share, 0.6
+    assert uneven_block_mask(3, (2, 2), 1.0, (0.01, 0.02)).sum(1).tolist() == [1, 1, 1]
+    assert not uneven_block_mask(3, (4, 4), 0.0, (0.1, 0.5)).any()
+
+
+def test_hidden_except__undoes_visible_positions() -> None:
+    hidden = hidden_mask("random", 5, (3, 4), 0.5)
+    assert torch.equal(hidden_except(visible_positions(hidden, 6), 12), hidden)

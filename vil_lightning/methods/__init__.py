@@ -2,10 +2,12 @@
 
 from vil_lightning.methods.backbone import BackboneConfig
 from vil_lightning.methods.dino import DINO
+from vil_lightning.methods.dinov2 import DINOv2
+from vil_lightning.methods.ibot import IBOT
 from vil_lightning.methods.lejepa import LeJEPA
 from vil_lightning.methods.linear_probe import LinearProbe
 from vil_lightning.methods.mae import MAE
 from vil_lightning.methods.simmim import SimMIM
 from vil_lightning.methods.supervised import Supervised
 
-__all__ = ["DINO", "MAE", "BackboneConfig", "LeJEPA", "LinearProbe", "SimMIM", "Supervised"]
+__all__ = ["DINO", "IBOT", "MAE", "BackboneConfig", "DINOv2", "LeJEPA", "LinearProbe", "SimMIM", "Supervised"]

@@ -1,0 +1,1 @@
+"""Losses that lightly and timm lack; pure functions of tensors."""
