@@ -501,3 +501,44 @@ def test_train_transform__either_kind_by_short_or_full_name(name: str, args: lis
     key, value = args[0].rsplit(".", 1)[1], args[1]
     assert str(getattr(data.train_transform, key)) in (value, "(0.0, 0.0, 0.0, 0.0)")
     assert data.repeats == 2
+
+
+# --- few labels -------------------------------------------------------------------------------------------------------
+
+
+def test_train_fraction__the_same_share_of_every_class() -> None:
+    whole, part = Digits(seed=0), Digits(seed=0, train_fraction=0.1)
+    for data in (whole, part):
+        data.setup("fit")
+    of_class = [torch.tensor(whole.train_source.labels).eq(c).sum().item() for c in range(10)]  # type: ignore[attr-defined]
+    labels = [part.train_source[i][1] for i in range(len(part.train_source))]
+    assert [labels.count(c) for c in range(10)] == [round(0.1 * count) for count in of_class]
+    assert len(part.val_source) == len(whole.val_source)
+    pixels = {bytes(whole.train_source[i][0].numpy()) for i in range(len(whole.train_source))}
+    assert all(bytes(part.train_source[i][0].numpy()) in pixels for i in range(len(part.train_source)))
+
+    def chosen(seed: int, fraction: float = 0.1) -> list[int]:
+        data = Digits(seed=seed, train_fraction=fraction)
+        data.setup("fit")
+        return data.train_source.indices  # type: ignore[attr-defined]
+
+    assert chosen(0) == chosen(0) != chosen(1)
+    assert len(chosen(0, 1e-6)) == 10  # one of each
+
+
+def test_train_fraction__of_a_folder(tmp_path: Path) -> None:
+    for split, count in (("train", 8), ("val", 2)):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / split / name / f"{i}.png")
+    data = ImageFolder(str(tmp_path), img_size=8, batch_size=2, num_workers=0, train_fraction=0.25, seed=0)
+    data.setup("fit")
+    assert [data.train_source[i][1] for i in range(len(data.train_source))] == [0, 0, 1, 1]
+    assert len(data.val_source) == 4
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.1, -0.5])
+def test_train_fraction__out_of_range(fraction: float) -> None:
+    with pytest.raises(ConfigError, match=rf"data\.train_fraction={fraction} must be in \(0, 1\]"):
+        Digits(train_fraction=fraction)

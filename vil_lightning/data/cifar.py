@@ -35,9 +35,20 @@ class CIFAR10(ImageDataModule):
         seed: int | None = None,
         crop_pct: float = 1.0,
         repeats: int = 1,
+        train_fraction: float = 1.0,
     ) -> None:
         super().__init__(
-            img_size, batch_size, num_workers, train_transform, eval_batch_size, mean, std, seed, crop_pct, repeats
+            img_size,
+            batch_size,
+            num_workers,
+            train_transform,
+            eval_batch_size,
+            mean,
+            std,
+            seed,
+            crop_pct,
+            repeats,
+            train_fraction,
         )
         self.root = root
         self.download = download
@@ -91,6 +102,7 @@ class CIFAR100(CIFAR10):
         seed: int | None = None,
         crop_pct: float = 1.0,
         repeats: int = 1,
+        train_fraction: float = 1.0,
     ) -> None:
         super().__init__(
             root,
@@ -105,6 +117,7 @@ class CIFAR100(CIFAR10):
             seed,
             crop_pct,
             repeats,
+            train_fraction,
         )
 
 

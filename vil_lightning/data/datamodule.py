@@ -17,6 +17,7 @@ from vil_lightning.data.loading import (
     ResumableLoader,
     SubsetSource,
     TransformedDataset,
+    share_of_classes,
 )
 from vil_lightning.data.transforms import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, MultiCrop, TrainTransform
 from vil_lightning.errors import ConfigError
@@ -43,6 +44,7 @@ class ImageDataModule(L.LightningDataModule):
         crop_pct: Evaluation resizes the short side to `img_size / crop_pct` and crops the centre.
         repeats: How often a training image occurs in a row, differently augmented each time (repeated augmentation). An
             epoch keeps its length, and so sees 1/repeats of the images.
+        train_fraction: Use this share of the training images of every class, at least one (drawn by `seed`): few labels.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class ImageDataModule(L.LightningDataModule):
         seed: int | None = None,
         crop_pct: float = 1.0,
         repeats: int = 1,
+        train_fraction: float = 1.0,
     ) -> None:
         super().__init__()
         positive = {
@@ -68,6 +71,8 @@ class ImageDataModule(L.LightningDataModule):
         for name, value in positive.items():
             if value is not None and value < 1:
                 raise ConfigError(f"data.{name}={value} must be at least 1.")
+        if not 0 < train_fraction <= 1:
+            raise ConfigError(f"data.train_fraction={train_fraction} must be in (0, 1].")
         self.img_size = img_size
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
@@ -75,6 +80,7 @@ class ImageDataModule(L.LightningDataModule):
         self.train_transform = train_transform
         self.eval_transform = EvalTransform(img_size, crop_pct)
         self.repeats = repeats
+        self.train_fraction = train_fraction
         self.mean = tuple(mean)
         self.std = tuple(std)
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
@@ -95,7 +101,11 @@ class ImageDataModule(L.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         if not self.classes:
-            self.train_source, self.val_source, self.classes = self.build_sources()
+            train, self.val_source, self.classes = self.build_sources()
+            self.train_source = self._take_fraction(train)
+
+    def _take_fraction(self, source: ImageSource) -> ImageSource:
+        return source if self.train_fraction == 1 else share_of_classes(source, self.train_fraction, self.seed)
 
     @property
     def predict_source(self) -> ImageSource:

@@ -26,9 +26,20 @@ class Digits(ImageDataModule):
         seed: int | None = None,
         crop_pct: float = 1.0,
         repeats: int = 1,
+        train_fraction: float = 1.0,
     ) -> None:
         super().__init__(
-            img_size, batch_size, num_workers, train_transform, eval_batch_size, mean, std, seed, crop_pct, repeats
+            img_size,
+            batch_size,
+            num_workers,
+            train_transform,
+            eval_batch_size,
+            mean,
+            std,
+            seed,
+            crop_pct,
+            repeats,
+            train_fraction,
         )
 
     def build_sources(self) -> tuple[ImageSource, ImageSource, list[str]]:

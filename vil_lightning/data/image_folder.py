@@ -31,6 +31,10 @@ class FileSource:
         return pil_to_tensor(default_loader(path)), label
 
     @property
+    def labels(self) -> list[int]:
+        return [label for _, label in self.samples]
+
+    @property
     def paths(self) -> list[str]:
         return [path for path, _ in self.samples]
 
@@ -61,11 +65,22 @@ class ImageFolder(ImageDataModule):
         seed: int | None = None,
         crop_pct: float = 1.0,
         repeats: int = 1,
+        train_fraction: float = 1.0,
         predict_dir: str | None = None,
         first_classes: int | None = None,
     ) -> None:
         super().__init__(
-            img_size, batch_size, num_workers, train_transform, eval_batch_size, mean, std, seed, crop_pct, repeats
+            img_size,
+            batch_size,
+            num_workers,
+            train_transform,
+            eval_batch_size,
+            mean,
+            std,
+            seed,
+            crop_pct,
+            repeats,
+            train_fraction,
         )
         if root is not None and not Path(root).is_dir():
             raise ConfigError(
@@ -94,7 +109,10 @@ class ImageFolder(ImageDataModule):
             self._check_same_classes(self.root)
         for split in missing:
             self.classes, source = self._list_split(self.root / split)
-            setattr(self, f"{split}_source", source)
+            if split == "train":
+                self.train_source = self._take_fraction(source)
+            else:
+                self.val_source = source
 
     def build_sources(self) -> tuple[ImageSource, ImageSource, list[str]]:
         self.setup("fit")

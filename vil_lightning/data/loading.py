@@ -59,6 +59,24 @@ class SubsetSource:
         return self.source[self.indices[index]]
 
 
+def share_of_classes(source: ImageSource, fraction: float, seed: int) -> SubsetSource:
+    """A random share of the images of every class, at least one.
+
+    Args:
+        source: With a list `labels`, so that no image has to be decoded.
+        fraction: In (0, 1].
+        seed: Draws the images.
+    """
+    labels = torch.tensor(source.labels)  # type: ignore[attr-defined]
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for label in labels.unique():
+        members = (labels == label).nonzero().squeeze(1)
+        order = torch.randperm(len(members), generator=generator)
+        chosen.append(members[order[: max(1, round(fraction * len(members)))]])
+    return SubsetSource(source, torch.cat(chosen).sort().values.tolist())
+
+
 class NumberedSource:
     """The images of another source with their number in place of the class."""
 
