@@ -46,7 +46,8 @@ class BackboneConfig:
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # On the command line, jsonargparse (4.53) turns a null inside `--model.backbone.kwargs` into this text.
+        # On the command line, jsonargparse (4.53) turns a null inside `--model.backbone` into this text.
+        self.name, self.weights = (None if value == "None" else value for value in (self.name, self.weights))
         self.kwargs = {key: None if value == "None" else value for key, value in self.kwargs.items()}
 
 

@@ -1,0 +1,243 @@
+r"""Pretrain with several methods for the same time and score what was learned in four ways, several seeds, one table.
+
+    python benchmarks/pretraining.py --seeds 0 1 --minutes 5 --parallel 2 --out benchmarks/results/NAME
+
+Every run gets the same CPU time on one thread, which (unlike wall-clock time) hardly depends on what else a machine does: two
+short runs of each entry measure its epoch, and the budget is divided by it. Scores on the digits' val images, all with the last
+state:
+
+- kNN: k = 20, pooled vector of the recipe's read-out
+- 5-shot: logistic regression on 5 images per class, mean over 20 draws (as benchmarks/digits_dino.py)
+- linear: configs/linear_probe.yaml, read-out and learning rate chosen on held-out training images
+- fine-tune: configs/finetune.yaml on 10 % of the labels (batch 16, 10 epochs)
+
+An entry of the list is `label: {config: recipe, ...}`, with any of: `backbone: {name, kwargs}` in place of the recipe's;
+`args`, further arguments of the training command; `kwargs`, the backbone's in scoring where they differ from those in
+training; `teacher: label`, whose run of the same seed is passed on as `model.teacher.weights`; `train: false` to score the
+untrained network. Started again with the same --out (and --work, where checkpoints of teachers are), it does what is missing.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml  # type: ignore[import-untyped]
+from compare import read_run, replace, say  # type: ignore[import-not-found]
+from digits_dino import scores  # type: ignore[import-not-found]
+from mlstm_backends import hardware  # type: ignore[import-not-found]
+
+from vil_lightning.data import Digits
+from vil_lightning.errors import ConfigError
+from vil_lightning.methods.backbone import BackboneConfig, build_backbone, resolve_backbone
+
+ROOT = Path(__file__).resolve().parents[1]
+COLUMNS = {"knn": "kNN", "five_shot": "5-shot", "linear": "linear", "finetune": "fine-tune 10 %"}
+
+
+@dataclasses.dataclass
+class Entry:
+    """A line of the table."""
+
+    label: str
+    config: str
+    backbone: dict[str, Any] | None = None
+    args: list[str] = dataclasses.field(default_factory=list)
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    teacher: str | None = None
+    train: bool = True
+
+
+def read_entries(path: str) -> list[Entry]:
+    """The entries of a YAML file, in its order."""
+    content = yaml.safe_load(Path(path).read_text())
+    try:
+        entries = [Entry(label, **fields) for label, fields in content.items()]
+    except (TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"--entries {path}: {error}. Allowed keys: config, backbone, args, kwargs, teacher, train."
+        ) from error
+    labels = [entry.label for entry in entries]
+    for i, entry in enumerate(entries):
+        if not (ROOT / entry.config).is_file():
+            raise ConfigError(f"--entries {path}: {entry.label}: there is no recipe {entry.config}.")
+        if entry.teacher is not None and entry.teacher not in labels[:i]:
+            raise ConfigError(f"--entries {path}: {entry.label}: teacher {entry.teacher!r} must be an entry above it.")
+    return entries
+
+
+# --- runs ---------------------------------------------------------------------------------------------------------------
+
+
+def cli(folder: Path, *args: str) -> float:
+    """Run the command line on one thread in `folder`.
+
+    Returns:
+        CPU seconds.
+
+    Raises:
+        RuntimeError: With the end of its output, if it fails.
+    """
+    command = [sys.executable, str(ROOT / "main.py"), *args, "--trainer.enable_progress_bar", "false"]
+    with (folder / "output.txt").open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        tail = (folder / "output.txt").read_text(errors="replace")[-3000:]
+        raise RuntimeError(f"exit code {process.returncode} of {shlex.join(command)}\n{tail}")
+    return usage.ru_utime + usage.ru_stime
+
+
+def fit_args(entry: Entry, seed: int, epochs: int, teacher: Path | None) -> list[str]:
+    args = ["fit", "--config", str(ROOT / entry.config), "--seed_everything", str(seed), "--run_name", "run"]
+    args += ["--trainer.max_epochs", str(epochs), *entry.args]
+    if entry.backbone is not None:
+        args += ["--model.backbone.name", entry.backbone["name"]]
+        args += ["--model.backbone.kwargs", json.dumps(entry.backbone["kwargs"])]
+    return args + (["--model.teacher.weights", str(teacher)] if teacher is not None else [])
+
+
+def epochs_in(entry: Entry, cpu_seconds: float, teacher: Path | None) -> int:
+    """How many epochs fit into the budget, start-up included."""
+    times = []
+    for epochs in (2, 6):
+        with tempfile.TemporaryDirectory() as folder:
+            times.append(cli(Path(folder), *fit_args(entry, 0, epochs, teacher)))
+    per_epoch = (times[1] - times[0]) / 4
+    return max(1, int((cpu_seconds - times[0] + 2 * per_epoch) / per_epoch))
+
+
+def score(entry: Entry, weights: Path | None, seed: int) -> dict[str, float]:
+    """The four scores of a checkpoint, or of the recipe's untrained network."""
+    recipe = yaml.safe_load((ROOT / entry.config).read_text())
+    config = BackboneConfig(None, str(weights), entry.kwargs)
+    if weights is None:
+        config = BackboneConfig(**(entry.backbone or recipe["model"]["init_args"]["backbone"]))
+    config = resolve_backbone(config)
+    torch.manual_seed(seed)
+    backbone = build_backbone(config)
+    data = Digits(img_size=config.kwargs["img_size"], seed=0)
+    data.setup()
+    knn, five_shot = scores(backbone, data)
+    source = ["--model.backbone.kwargs", json.dumps(config.kwargs), "--seed_everything", str(seed), "--run_name", "run"]
+    source += ["--model.backbone.name", str(config.name)]
+    source += ["--model.backbone.weights", "null" if weights is None else str(weights)]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        cli(folder, "fit", "--config", str(ROOT / "configs/linear_probe.yaml"), *source)
+        linear = json.loads((folder / "logs/run/results.json").read_text())["linear"]["val_acc1"]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        few = ["--data.train_fraction", "0.1", "--data.batch_size", "16", "--model.base_lr", "0.064"]  # 1e-3
+        cli(folder, "fit", "--config", str(ROOT / "configs/finetune.yaml"), *source, *few, "--trainer.max_epochs", "10")
+        finetune = read_run(folder / "logs/run")["last"]
+    return {"knn": knn, "five_shot": five_shot, "linear": linear, "finetune": finetune}
+
+
+# --- table --------------------------------------------------------------------------------------------------------------
+
+
+def table(runs: list[dict[str, Any]], entries: list[Entry], budget: dict[str, Any], facts: dict[str, str]) -> str:
+    """Markdown: mean ± standard deviation over seeds."""
+    lines = ["# Pretraining on the built-in digits, one budget for all methods", ""]
+    lines += [f"- {key}: {value}" for key, value in facts.items()]
+    lines.append(f"- budget: {budget['minutes']:g} minutes of CPU time on one thread for each run, validation included")
+    lines += ["", "| method | seeds | " + " | ".join(COLUMNS.values()) + " | epochs | CPU s |", "|---|" + "---:|" * 7]
+    for entry in entries:
+        own = [run for run in runs if run["label"] == entry.label]
+        if not own:
+            continue
+        cells = []
+        for column in COLUMNS:
+            values = [run[column] for run in own]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}")
+        epochs = "" if not entry.train else str(own[0]["epochs"])
+        seconds = "" if not entry.train else f"{statistics.mean(run['cpu_seconds'] for run in own):.0f}"
+        lines.append(f"| {entry.label} | {len(own)} | " + " | ".join(cells) + f" | {epochs} | {seconds} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--entries", default=str(ROOT / "benchmarks/entries/pretraining_digits.yaml"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--minutes", type=float, default=5.0, help="CPU time of a run")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--work", help="where checkpoints are kept; a temporary folder if not given")
+    parser.add_argument("--out", required=True, help="path of the results, without suffix")
+    args = parser.parse_args()
+    try:
+        entries = read_entries(args.entries)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        run_all(args, entries, Path(args.work or temporary).resolve())
+
+
+def run_all(args: argparse.Namespace, entries: list[Entry], work: Path) -> None:
+    out = Path(f"{args.out}.json")
+    budget = {"minutes": args.minutes, "entries": Path(args.entries).name}
+    runs: list[dict[str, Any]] = []
+    if out.is_file():
+        content = json.loads(out.read_text())
+        if content["budget"] != budget:
+            sys.exit(f"error: {out} holds runs of another budget: {content['budget']}. Use another --out.")
+        runs = content["runs"]
+    facts = {
+        "date": str(datetime.date.today()),
+        "hardware": hardware("cpu"),
+        "software": f"torch {torch.__version__}",
+        "command": f"`python benchmarks/pretraining.py {shlex.join(sys.argv[1:])}`",
+        "scores": "percent of val images, last state, mean ± standard deviation over seeds",
+    }
+    lock = threading.Lock()
+
+    def work_on(entry: Entry, seed: int, epochs: int, teacher: Path | None) -> None:
+        folder = work / f"{entry.label}_{seed}".replace(" ", "_").replace("/", "_")
+        weights = folder / "checkpoints/run/last.ckpt"
+        run: dict[str, Any] = {"label": entry.label, "seed": seed}
+        if entry.train:
+            folder.mkdir(parents=True, exist_ok=True)
+            run["cpu_seconds"] = cli(folder, *fit_args(entry, seed, epochs, teacher), "--overwrite", "true")
+            run["epochs"] = epochs
+        run |= score(entry, weights if entry.train else None, seed)
+        with lock:
+            runs.append(run)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            replace(out, json.dumps({"budget": budget, "runs": runs}, indent=1) + "\n")
+            replace(Path(f"{args.out}.md"), table(runs, entries, budget, facts))
+        say(f"{entry.label}, seed {seed}: " + ", ".join(f"{name} {run[name]:.1f}" for name in COLUMNS))
+
+    for entry in entries:
+        missing = [s for s in args.seeds if not any((r["label"], r["seed"]) == (entry.label, s) for r in runs)]
+        if not missing:
+            continue
+        teachers: dict[int, Path | None] = dict.fromkeys(missing)
+        for seed in missing if entry.teacher is not None else []:
+            teachers[seed] = work / f"{entry.teacher}_{seed}".replace(" ", "_") / "checkpoints/run/last.ckpt"
+            if not teachers[seed].is_file():  # type: ignore[union-attr]
+                sys.exit(f"error: {entry.label} needs the run of {entry.teacher}, which --work does not hold.")
+        epochs = epochs_in(entry, 60 * args.minutes, teachers[missing[0]]) if entry.train else 0
+        with ThreadPoolExecutor(args.parallel) as pool:
+            list(pool.map(lambda seed: work_on(entry, seed, epochs, teachers[seed]), missing))  # noqa: B023
+    print(table(runs, entries, budget, facts))
+
+
+if __name__ == "__main__":
+    main()
