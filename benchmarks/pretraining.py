@@ -43,6 +43,7 @@ from vil_lightning.errors import ConfigError
 from vil_lightning.methods.backbone import BackboneConfig, build_backbone, resolve_backbone
 
 ROOT = Path(__file__).resolve().parents[1]
+_SEEDING = threading.Lock()  # torch's generator is shared by the threads that wait for runs
 COLUMNS = {"knn": "kNN", "five_shot": "5-shot", "linear": "linear", "finetune": "fine-tune 10 %"}
 
 
@@ -128,8 +129,9 @@ def score(entry: Entry, weights: Path | None, seed: int) -> dict[str, float]:
     if weights is None:
         config = BackboneConfig(**(entry.backbone or recipe["model"]["init_args"]["backbone"]))
     config = resolve_backbone(config)
-    torch.manual_seed(seed)
-    backbone = build_backbone(config)
+    with _SEEDING:
+        torch.manual_seed(seed)
+        backbone = build_backbone(config)
     data = Digits(img_size=config.kwargs["img_size"], seed=0)
     data.setup()
     knn, five_shot = scores(backbone, data)
@@ -181,62 +183,88 @@ def main() -> None:
     parser.add_argument("--work", help="where checkpoints are kept; a temporary folder if not given")
     parser.add_argument("--out", required=True, help="path of the results, without suffix")
     args = parser.parse_args()
+    torch.set_num_threads(1)
     try:
-        entries = read_entries(args.entries)
+        with tempfile.TemporaryDirectory() as temporary:
+            run_all(args, read_entries(args.entries), Path(args.work or temporary).resolve())
     except ConfigError as error:
         sys.exit(f"error: {error}")
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as temporary:
-        run_all(args, entries, Path(args.work or temporary).resolve())
 
 
-def run_all(args: argparse.Namespace, entries: list[Entry], work: Path) -> None:
-    out = Path(f"{args.out}.json")
-    budget = {"minutes": args.minutes, "entries": Path(args.entries).name}
-    runs: list[dict[str, Any]] = []
-    if out.is_file():
-        content = json.loads(out.read_text())
-        if content["budget"] != budget:
-            sys.exit(f"error: {out} holds runs of another budget: {content['budget']}. Use another --out.")
-        runs = content["runs"]
-    facts = {
-        "date": str(datetime.date.today()),
-        "hardware": hardware("cpu"),
-        "software": f"torch {torch.__version__}",
-        "command": f"`python benchmarks/pretraining.py {shlex.join(sys.argv[1:])}`",
-        "scores": "percent of val images, last state, mean ± standard deviation over seeds",
-    }
-    lock = threading.Lock()
+class Comparison:
+    """The runs of a table, those of an earlier call included.
 
-    def work_on(entry: Entry, seed: int, epochs: int, teacher: Path | None) -> None:
-        folder = work / f"{entry.label}_{seed}".replace(" ", "_").replace("/", "_")
-        weights = folder / "checkpoints/run/last.ckpt"
+    Args:
+        out: Path of the results, without suffix.
+        work: Where runs leave their checkpoints.
+    """
+
+    def __init__(self, entries: list[Entry], budget: dict[str, Any], out: str, work: Path) -> None:
+        self.entries = entries
+        self.budget = budget
+        self.out = out
+        self.work = work
+        self.runs: list[dict[str, Any]] = []
+        self.lock = threading.Lock()
+        path = Path(f"{out}.json")
+        if path.is_file():
+            content = json.loads(path.read_text())
+            if content["budget"] != budget:
+                raise ConfigError(f"{path} holds runs of another budget: {content['budget']}. Use another --out.")
+            self.runs = content["runs"]
+        self.facts = {
+            "date": str(datetime.date.today()),
+            "hardware": hardware("cpu"),
+            "software": f"torch {torch.__version__}",
+            "command": f"`python benchmarks/pretraining.py {shlex.join(sys.argv[1:])}`",
+            "scores": "percent of val images, last state, mean ± standard deviation over seeds",
+        }
+
+    def find(self, label: str, seed: int | None = None) -> dict[str, Any] | None:
+        """A finished run of this entry; of any seed if None."""
+        return next((r for r in self.runs if r["label"] == label and seed in (None, r["seed"])), None)
+
+    def folder(self, label: str, seed: int) -> Path:
+        return self.work / f"{label}_{seed}".replace(" ", "_").replace("/", "_")
+
+    def checkpoint(self, label: str, seed: int) -> Path:
+        return self.folder(label, seed) / "checkpoints/run/last.ckpt"
+
+    def run(self, entry: Entry, seed: int) -> None:
+        """Train, score, and write everything anew, so that nothing is lost if the next one fails."""
         run: dict[str, Any] = {"label": entry.label, "seed": seed}
         if entry.train:
+            teacher = None if entry.teacher is None else self.checkpoint(entry.teacher, seed)
+            earlier = self.find(entry.label)
+            epochs = earlier["epochs"] if earlier else epochs_in(entry, 60 * self.budget["minutes"], teacher)
+            folder = self.folder(entry.label, seed)
             folder.mkdir(parents=True, exist_ok=True)
             run["cpu_seconds"] = cli(folder, *fit_args(entry, seed, epochs, teacher), "--overwrite", "true")
             run["epochs"] = epochs
-        run |= score(entry, weights if entry.train else None, seed)
-        with lock:
-            runs.append(run)
-            out.parent.mkdir(parents=True, exist_ok=True)
-            replace(out, json.dumps({"budget": budget, "runs": runs}, indent=1) + "\n")
-            replace(Path(f"{args.out}.md"), table(runs, entries, budget, facts))
+        run |= score(entry, self.checkpoint(entry.label, seed) if entry.train else None, seed)
+        with self.lock:
+            self.runs.append(run)
+            Path(self.out).parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"budget": self.budget, "runs": self.runs}, indent=1)
+            replace(Path(f"{self.out}.json"), text + "\n")
+            replace(Path(f"{self.out}.md"), table(self.runs, self.entries, self.budget, self.facts))
         say(f"{entry.label}, seed {seed}: " + ", ".join(f"{name} {run[name]:.1f}" for name in COLUMNS))
 
-    for entry in entries:
-        missing = [s for s in args.seeds if not any((r["label"], r["seed"]) == (entry.label, s) for r in runs)]
-        if not missing:
-            continue
-        teachers: dict[int, Path | None] = dict.fromkeys(missing)
-        for seed in missing if entry.teacher is not None else []:
-            teachers[seed] = work / f"{entry.teacher}_{seed}".replace(" ", "_") / "checkpoints/run/last.ckpt"
-            if not teachers[seed].is_file():  # type: ignore[union-attr]
-                sys.exit(f"error: {entry.label} needs the run of {entry.teacher}, which --work does not hold.")
-        epochs = epochs_in(entry, 60 * args.minutes, teachers[missing[0]]) if entry.train else 0
-        with ThreadPoolExecutor(args.parallel) as pool:
-            list(pool.map(lambda seed: work_on(entry, seed, epochs, teachers[seed]), missing))  # noqa: B023
-    print(table(runs, entries, budget, facts))
+
+def run_all(args: argparse.Namespace, entries: list[Entry], work: Path) -> None:
+    """What is missing, seed by seed, so that a table that is stopped early holds all entries."""
+    budget = {"minutes": args.minutes, "entries": Path(args.entries).name}
+    comparison = Comparison(entries, budget, args.out, work)
+    for seed in args.seeds:
+        # Students of other entries after these, which may be running at the same time.
+        for waiting in (False, True):
+            missing = [e for e in entries if (e.teacher is not None) == waiting and not comparison.find(e.label, seed)]
+            for entry in missing:
+                if entry.teacher is not None and not comparison.checkpoint(entry.teacher, seed).is_file():
+                    raise ConfigError(f"{entry.label} needs the run of {entry.teacher}, which --work does not hold.")
+            with ThreadPoolExecutor(args.parallel) as pool:
+                list(pool.map(lambda entry, seed=seed: comparison.run(entry, seed), missing))
+    print(table(comparison.runs, entries, budget, comparison.facts))
 
 
 if __name__ == "__main__":
