@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "vil_lightning"
 FILES = sorted(PACKAGE.rglob("*.py"))
 OUTER = tuple(f"vil_lightning.{name}" for name in ("methods", "data", "callbacks", "cli"))
-BUILDING_BLOCKS = {"heads", "losses", "masking", "schedules", "optim", "knn", "errors"}
+BUILDING_BLOCKS = {"heads", "losses", "masking", "schedules", "optim", "knn", "errors", "representation"}
 
 
 def imports(path: Path) -> set[str]:

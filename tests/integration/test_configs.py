@@ -20,7 +20,8 @@ from vil_lightning.data import Digits, TrainTransform
 from vil_lightning.methods import DINO, LinearProbe, Supervised
 from vil_lightning.methods.backbone import BackboneConfig
 
-RECIPES = sorted(CONFIGS.rglob("*.yaml"))
+OVERLAYS = sorted((CONFIGS / "overlays").glob("*.yaml"))
+RECIPES = sorted(set(CONFIGS.rglob("*.yaml")) - set(OVERLAYS))
 SUPERVISED = [
     path for path in RECIPES if "methods.Supervised" in (t := path.read_text()) and "data.TrainTransform" in t
 ]
@@ -547,3 +548,19 @@ def test_command_line__beats_the_recipe_and_names_the_run() -> None:
     (checkpoint,) = cli.trainer.checkpoint_callbacks
     assert Path(checkpoint.dirpath).name == "mine"
     assert Path(cli.trainer.log_dir) == Path("logs/mine")
+
+
+# --- overlays ---------------------------------------------------------------------------------------------------------
+
+
+def test_overlay__adds_all_instruments_to_a_recipe() -> None:
+    overlay = CONFIGS / "overlays/instruments.yaml"
+    cli = build("--config", str(CONFIGS / "pretrain_dino.yaml"), "--config", str(overlay))
+    kinds = {type(callback).__name__: callback for callback in cli.trainer.callbacks}
+    wanted = yaml.safe_load(overlay.read_text())["trainer"]["callbacks+"]
+    for entry in wanted:
+        name = entry["class_path"].rsplit(".", 1)[1]
+        for key, value in entry.get("init_args", {}).items():
+            assert getattr(kinds[name], key) == value
+    assert {"OnlineKNN", "ViewPictures", *(entry["class_path"].rsplit(".", 1)[1] for entry in wanted)} <= kinds.keys()
+    assert cli.run_name == "pretrain_dino"

@@ -283,14 +283,25 @@ class MLSTMBranch(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, reverse: bool) -> Tensor:
         """(B, S, E) -> (B, S, E)."""
+        q, k, v, igate, fgate, c = self.project(x, layout, reverse)
+        h = mlstm(q, k, v, igate, fgate, reverse=reverse, backend=self.mlstm_backend)
+        return self.norm(h) + self.skip * c
+
+    def project(
+        self, x: Tensor, layout: Layout, reverse: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What the mLSTM is given for x (B, S, E), and what the skip adds to its result.
+
+        Returns:
+            q, k, v (B, NH, S, DH), input and forget gate pre-activations (B, NH, S), convolved input (B, S, E).
+        """
         c = F.silu(self.conv(x, layout, reverse))
         c_k = c if self.conv_k is None else F.silu(self.conv_k(x, layout, reverse))
         c_v = c if self.conv_v is None else F.silu(self.conv_v(x, layout, reverse))
         q, k, v = self.q_proj(c), self.k_proj(c_k), self.v_proj(c_v if self.use_v_conv else x)
         igate, fgate = self._gates(q, k, v)  # (B, NH, S)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, NH, S, DH)
-        h = mlstm(q, k, v, igate, fgate, reverse=reverse, backend=self.mlstm_backend)
-        return self.norm(h) + self.skip * c
+        return q, k, v, igate, fgate, c
 
     def _gates(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Pre-activations (B, NH, S) of both gates, without building the (B, S, 3E) concatenation they read."""

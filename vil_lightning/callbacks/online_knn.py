@@ -3,9 +3,9 @@
 from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor
 
+from vil_lightning.callbacks.features import collect
 from vil_lightning.knn import knn_accuracy
 
 
@@ -35,23 +35,6 @@ class OnlineKNN(L.Callback):
         # Every process has gathered the same features, so this needs no reduction.
         pl_module.log("val/knn_acc1", accuracy, prog_bar=True, rank_zero_only=False, sync_dist=False)
 
-    @torch.no_grad()
     def _features(self, trainer: L.Trainer, module: L.LightningModule, loader: Any) -> tuple[Tensor, Tensor]:
         """Features (N, D) and labels (N,) of all processes."""
-        was_training = module.training
-        module.eval()
-        features, labels = [], []
-        # A loader draws a seed from torch's generator when it starts.
-        with torch.random.fork_rng(devices=[]), trainer.precision_plugin.forward_context():
-            for images, batch_labels in loader:
-                images = trainer.datamodule.normalize(images.to(module.device))  # type: ignore[attr-defined]
-                features.append(module(images).float())
-                labels.append(batch_labels.to(module.device))
-        module.train(was_training)
-        gathered, gathered_labels = torch.cat(features), torch.cat(labels)
-        if trainer.world_size > 1:
-            # The sampler deals images out in turn and repeats the first ones to even the end out: undo both.
-            total = len(loader.dataset)
-            gathered = module.all_gather(gathered).transpose(0, 1).flatten(0, 1)[:total]  # type: ignore[union-attr]
-            gathered_labels = module.all_gather(gathered_labels).transpose(0, 1).flatten()[:total]  # type: ignore[union-attr]
-        return gathered, gathered_labels
+        return collect(trainer, module, loader, module)

@@ -1,6 +1,7 @@
 """Sequence operators. This package needs torch and nothing else."""
 
 from vil_lightning.ops.mlstm import MLSTM_BACKENDS, MLSTMBackend, mlstm
+from vil_lightning.ops.parallel import mlstm_weights
 from vil_lightning.ops.selective_scan import SELECTIVE_SCAN_BACKENDS, SelectiveScanBackend, selective_scan
 
 __all__ = [
@@ -9,5 +10,6 @@ __all__ = [
     "MLSTMBackend",
     "SelectiveScanBackend",
     "mlstm",
+    "mlstm_weights",
     "selective_scan",
 ]

@@ -1,0 +1,79 @@
+"""Which images callbacks look at, and where they find the network."""
+
+import itertools
+from typing import Any
+
+import lightning as L
+import pytest
+import timm
+import torch
+from torch import nn
+
+from vil_lightning.callbacks.backbone_of import backbone_of
+from vil_lightning.callbacks.features import pooled_features, spread
+from vil_lightning.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("total", "count", "expected"),
+    [(10, 3, [0, 4, 9]), (3, 10, [0, 1, 2]), (5, 5, [0, 1, 2, 3, 4]), (7, 1, [0]), (1, 4, [0])],
+)
+def test_spread__reaches_both_ends_and_takes_nothing_twice(total: int, count: int, expected: list[int]) -> None:
+    assert spread(total, count) == expected
+
+
+@pytest.mark.parametrize(("total", "count"), [(1_281_167, 50_000), (50_000, 2048), (40_000_001, 5000)])
+def test_spread__over_large_sets(total: int, count: int) -> None:
+    places = spread(total, count)
+    assert len(set(places)) == count
+    assert (places[0], places[-1]) == (0, total - 1)
+    gaps = {after - before for before, after in itertools.pairwise(places)}
+    assert max(gaps) - min(gaps) <= 1
+
+
+def module(**parts: nn.Module) -> Any:
+    result = L.LightningModule()
+    for name, part in parts.items():
+        setattr(result, name, part)
+    return result
+
+
+def test_backbone_of__takes_the_network_that_checkpoints_are_used_for() -> None:
+    first, second = nn.Linear(1, 1), nn.Linear(1, 1)
+    of_teacher, of_student = nn.ModuleDict({"backbone": first}), nn.ModuleDict({"backbone": second})
+    averaged = nn.ModuleDict({"module": first})
+    assert backbone_of(module(teacher=of_teacher, student=of_student)) is first
+    assert backbone_of(module(student=of_student, teacher=of_teacher, backbone=second)) is first
+    assert backbone_of(module(backbone=first, student=of_student)) is first
+    assert backbone_of(module(student=of_student)) is second
+    assert backbone_of(module(ema=averaged, backbone=second)) is first
+    without = module(backbone=first)
+    without.ema = None
+    assert backbone_of(without) is first
+
+
+def test_backbone_of__a_module_without_one_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"LightningModule has no backbone.*teacher\.backbone, ema\.module"):
+        backbone_of(module(teacher=nn.ModuleDict({"head": nn.Linear(1, 1)}), head=nn.Linear(1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("vil2_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2}),
+        ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1}),
+        ("resnet10t", {}),
+    ],
+)
+def test_pooled_features__are_those_of_the_network_without_classifier(name: str, kwargs: dict[str, Any]) -> None:
+    classifier = timm.create_model(name, num_classes=7, **kwargs).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        features = pooled_features(classifier, images)
+        classifier.reset_classifier(0)
+        assert torch.equal(features, classifier(images))
+    assert features.shape[1] > 7
+
+
+def test_pooled_features__of_any_other_network_are_its_output() -> None:
+    assert torch.equal(pooled_features(nn.Flatten(), torch.ones(2, 3, 1, 1)), torch.ones(2, 3))

@@ -1,0 +1,106 @@
+"""How callbacks look at a network without leaving a trace, and which images they show it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from vil_lightning.data.loading import EpochSampler, ResumableLoader, SubsetSource, TransformedDataset
+from vil_lightning.errors import ConfigError
+
+
+@contextmanager
+def observing(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
+    """Evaluation mode, no gradients, the run's precision; afterwards every part's mode and the random state are as before."""
+    modes = [(part, part.training) for part in module.modules()]
+    devices = [module.device] if module.device.type == "cuda" else []
+    module.eval()
+    try:
+        # Also a loader draws a seed from torch's generator when it starts.
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), trainer.precision_plugin.forward_context():
+            yield
+    finally:
+        for part, training in modes:  # a part may have been kept in evaluation mode
+            part.training = training
+
+
+def pooled_features(backbone: nn.Module, images: Tensor) -> Tensor:
+    """Pooled vectors (B, D): what `backbone(images)` gives without a classifier, also where there is one."""
+    if not hasattr(backbone, "forward_head"):  # not a timm model
+        return backbone(images)
+    return backbone.forward_head(backbone.forward_features(images), pre_logits=True)  # type: ignore[operator]
+
+
+def collect(
+    trainer: L.Trainer, module: L.LightningModule, loader: DataLoader[Any], function: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """What `function` makes of a loader's images, on all processes: results (N, ...) in float32 and labels (N,).
+
+    Every process gets the results for every image, once and in order. All of them have to call this.
+    """
+    parts, label_parts = [], []
+    with observing(trainer, module):
+        for images, batch_labels in loader:
+            images = trainer.datamodule.normalize(images.to(module.device))  # type: ignore[attr-defined]
+            parts.append(function(images).float())
+            label_parts.append(batch_labels.to(module.device))
+    results, labels = torch.cat(parts), torch.cat(label_parts)
+    if trainer.world_size > 1:
+        # The sampler deals images out in turn and repeats the first ones to even the end out: undo both.
+        total = len(loader.dataset)  # type: ignore[arg-type]
+        results = module.all_gather(results).transpose(0, 1).flatten(0, 1)[:total]  # type: ignore[union-attr]
+        labels = module.all_gather(labels).transpose(0, 1).flatten()[:total]  # type: ignore[union-attr]
+    return results, labels
+
+
+def spread(total: int, count: int) -> list[int]:
+    """`count` places, or all if there are fewer, evenly spread over `total`: folders are sorted by class."""
+    return torch.linspace(0, total - 1, min(count, total), dtype=torch.float64).round().long().tolist()
+
+
+def val_loader(trainer: L.Trainer, max_images: int) -> DataLoader[Any]:
+    """At most `max_images` images spread over the val set, in fixed order, dealt to the processes in turn."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    source = SubsetSource(data.val_source, spread(len(data.val_source), max_images))
+    dataset = TransformedDataset(source, data.eval_transform, data.seed)
+    sampler = EpochSampler(
+        dataset, trainer.world_size, trainer.global_rank, shuffle=False, seed=data.seed, drop_last=False
+    )
+    return ResumableLoader(dataset, batch_size=data.eval_batch_size, sampler=sampler, num_workers=data.num_workers)
+
+
+def val_images(trainer: L.Trainer, num_images: int) -> tuple[Tensor, list[int]]:
+    """uint8 (n, 3, H, W) of images spread over the val set, and their classes; on the calling process alone."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    chosen = [data.val_source[i] for i in spread(len(data.val_source), num_images)]
+    return torch.stack([data.eval_transform(image) for image, _ in chosen]), [label for _, label in chosen]
+
+
+def last_epoch(trainer: L.Trainer) -> bool:
+    """Whether the epoch that ends is the last one planned, in epochs or in steps."""
+    return trainer.current_epoch + 1 == trainer.max_epochs or trainer.global_step >= trainer.estimated_stepping_batches
+
+
+def board_writers(trainer: L.Trainer) -> list[Any]:
+    """The TensorBoard writers of this process; none on other processes than the first."""
+    if not trainer.is_global_zero:
+        return []
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def check_counts(callback: L.Callback, **counts: int | None) -> None:
+    """Refuse a count below 1.
+
+    Raises:
+        ConfigError: Naming the argument.
+    """
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ConfigError(
+                f"{type(callback).__name__}: {name}={count} must be at least 1. Set {name} in the callback's init_args."
+            )
