@@ -12,8 +12,8 @@ state:
 - fine-tune: configs/finetune.yaml on 10 % of the labels (batch 16, 10 epochs)
 
 An entry of the list is `label: {config: recipe, ...}`, with any of: `backbone: {name, kwargs}` in place of the recipe's;
-`args`, further arguments of the training command; `kwargs`, the backbone's in scoring where they differ from those in
-training; `teacher: label`, whose run of the same seed is passed on as `model.teacher.weights`; `train: false` to score the
+`args`, further arguments of the training command; `finetune_kwargs`, the backbone's in fine-tuning where they differ;
+`teacher: label`, whose run of the same seed is passed on as `model.teacher.weights`; `train: false` to score the
 untrained network. Started again with the same --out (and --work, where checkpoints of teachers are), it does what is missing.
 """
 
@@ -55,7 +55,7 @@ class Entry:
     config: str
     backbone: dict[str, Any] | None = None
     args: list[str] = dataclasses.field(default_factory=list)
-    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    finetune_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     teacher: str | None = None
     train: bool = True
 
@@ -125,7 +125,7 @@ def epochs_in(entry: Entry, cpu_seconds: float, teacher: Path | None) -> int:
 def score(entry: Entry, weights: Path | None, seed: int) -> dict[str, float]:
     """The four scores of a checkpoint, or of the recipe's untrained network."""
     recipe = yaml.safe_load((ROOT / entry.config).read_text())
-    config = BackboneConfig(None, str(weights), entry.kwargs)
+    config = BackboneConfig(None, str(weights))
     if weights is None:
         config = BackboneConfig(**(entry.backbone or recipe["model"]["init_args"]["backbone"]))
     config = resolve_backbone(config)
@@ -135,17 +135,19 @@ def score(entry: Entry, weights: Path | None, seed: int) -> dict[str, float]:
     data = Digits(img_size=config.kwargs["img_size"], seed=0)
     data.setup()
     knn, five_shot = scores(backbone, data)
-    source = ["--model.backbone.kwargs", json.dumps(config.kwargs), "--seed_everything", str(seed), "--run_name", "run"]
-    source += ["--model.backbone.name", str(config.name)]
+    source = ["--seed_everything", str(seed), "--run_name", "run", "--model.backbone.name", str(config.name)]
     source += ["--model.backbone.weights", "null" if weights is None else str(weights)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        cli(folder, "fit", "--config", str(ROOT / "configs/linear_probe.yaml"), *source)
+        kwargs = ["--model.backbone.kwargs", json.dumps(config.kwargs)]
+        cli(folder, "fit", "--config", str(ROOT / "configs/linear_probe.yaml"), *source, *kwargs)
         linear = json.loads((folder / "logs/run/results.json").read_text())["linear"]["val_acc1"]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         few = ["--data.train_fraction", "0.1", "--data.batch_size", "16", "--model.base_lr", "0.064"]  # 1e-3
-        cli(folder, "fit", "--config", str(ROOT / "configs/finetune.yaml"), *source, *few, "--trainer.max_epochs", "10")
+        kwargs = ["--model.backbone.kwargs", json.dumps({**config.kwargs, **entry.finetune_kwargs})]
+        few += ["--trainer.max_epochs", "10"]
+        cli(folder, "fit", "--config", str(ROOT / "configs/finetune.yaml"), *source, *kwargs, *few)
         finetune = read_run(folder / "logs/run")["last"]
     return {"knn": knn, "five_shot": five_shot, "linear": linear, "finetune": finetune}
 
