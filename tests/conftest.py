@@ -1,6 +1,11 @@
 """Fixtures every test runs with."""
 
+import os
 from collections.abc import Iterator
+
+# One thread for each of the test processes and for those that they start, or they would wait for one another. Torch reads
+# this when it is loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

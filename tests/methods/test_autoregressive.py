@@ -330,7 +330,7 @@ def test_fit__equals_a_loop_by_hand(tmp_path: Path) -> None:
         loss = loss_by_hand(network.predict_patches(x), x)
         assert steps.losses[number] == pytest.approx(loss.item(), rel=1e-5)
         loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 0.5)
+        grad_norm = nn.utils.clip_grad_norm_(network.parameters(), 0.5)
         for group in optimizer.param_groups:
             group["lr"] = rate_by_hand(number + 1, 3, 2, peak, 1e-4)
             assert group["lr"] == pytest.approx(next(iter(steps.rates[number].values())), rel=1e-9)
@@ -346,7 +346,10 @@ def test_fit__equals_a_loop_by_hand(tmp_path: Path) -> None:
             for name, value in network.named_parameters():
                 value.copy_(steps.states[number][name])
     assert max(float((value - start[name]).abs().max()) for name, value in state(model).items()) > 1e-3
-    assert {"train/loss", "train/grad_norm", "schedule/lr"} <= fit.callback_metrics.keys()
+    logged = {name: float(value) for name, value in fit.callback_metrics.items()}
+    assert logged["train/grad_norm"] == pytest.approx(float(grad_norm), rel=1e-4)  # before clipping
+    assert logged["schedule/lr"] == pytest.approx(rate_by_hand(3, 3, 2, peak, 1e-4), rel=1e-6)
+    assert logged["train/loss"] == steps.losses[-1]
 
 
 @pytest.mark.parametrize(

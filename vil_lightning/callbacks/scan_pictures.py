@@ -29,7 +29,8 @@ Rollout: how much of each patch reaches the framed one through all blocks: a heu
 in which the corners where scans start gain with depth, also in an untrained network."""
 _GATE_TITLE = f"""\
 Gates of all patches of one image, a row for each block.
-Each map has all colours, from its lowest to its highest value, which stand below it.
+Each map has colours of its own, from its lowest to its highest value, which stand below it; fewer colours if these
+are less than 10 % apart.
 {_ARROWS}
 Input gate: logarithm of the weight with which a patch is written into the memory.
 Half-life: in how many tokens half of the memory is forgotten at the rate of this patch's forget gate."""

@@ -15,7 +15,7 @@ from vil_lightning.schedules import Duration
 class DINOv2(IBOT):
     """DINOv2 with a ViL or a plain ViT of timm. Needs a data module whose `train_transform` is `MultiCrop`.
 
-    The defaults are those of the official short recipe on ImageNet-1k (configs/ssl_default_config.yaml and vitl16_short.yaml of
+    The defaults are those of the official short recipe on ImageNet-1k (ssl_default_config.yaml and vitl16_short.yaml of
     facebookresearch/dinov2). `base_lr` is per 1024 images and grows with the square root of the batch. The long recipe has
     `targets: sinkhorn` and `shared_head: false`. Arguments: see `IBOT`.
     """

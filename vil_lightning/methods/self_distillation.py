@@ -205,13 +205,12 @@ class SelfDistillation:
 
     def run_info(self) -> dict[str, str]:
         """Lines for the module's `run_info`."""
-        steps, config, root = self.steps, self.backbone_config, "sqrt " if self.lr_rule == "sqrt" else ""
+        steps, config = self.steps, self.backbone_config
+        factor = f"{self.global_batch_size} / {self.lr_batch_size}"
+        factor = f"sqrt({factor})" if self.lr_rule == "sqrt" else factor
         lines = {
             "backbone": f"{config.name} {config.kwargs or ''}",
-            "learning rate": (
-                f"{self.peak_lr:.3g} = {self.base_lr:g} x {root}({self.global_batch_size} / {self.lr_batch_size}), "
-                f"to {self.final_lr:g}"
-            ),
+            "learning rate": f"{self.peak_lr:.3g} = {self.base_lr:g} x {factor}, to {self.final_lr:g}",
             "schedules": (
                 f"{steps['total']} steps; warm-up {steps['lr_warmup']}; teacher temperature "
                 f"{self.warmup_teacher_temp} to {self.teacher_temp} over {steps['teacher_temp_warmup']}; last layer "
@@ -219,8 +218,7 @@ class SelfDistillation:
                 f"{self.final_teacher_momentum}; weight decay {self.weight_decay} to {self.final_weight_decay}"
             ),
         }
-        lines |= {f"model.{name}": f"{text}" for name, text in self.chosen.items()}
-        return lines
+        return lines | {f"model.{name}": text for name, text in self.chosen.items()}
 
     def save(self, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """In `on_save_checkpoint`."""
