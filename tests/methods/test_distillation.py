@@ -529,10 +529,10 @@ def train(world_size: int, out: Path) -> None:
         torch.save(model.state_dict(), out / f"{name}_world{world_size}_rank{fit.global_rank}.pt")
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_ddp__two_processes_equal_one(tmp_path: Path) -> None:
     train(1, tmp_path)
-    results = run_in_two_processes(__file__, "train", tmp_path)
+    results = run_in_two_processes(__file__, "train", tmp_path, timeout=240)
     assert [code for code, _ in results] == [0, 0], "\n".join(error for _, error in results)
     start = distillation(write_teacher(tmp_path, "vit")).state_dict()
     for name in ("both", "patch"):
