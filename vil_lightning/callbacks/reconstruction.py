@@ -13,7 +13,8 @@ from torchvision.utils import make_grid
 class ReconstructionPictures(L.Callback):
     """Writes val images to TensorBoard: a row each, as they are, as the network saw them, and with hidden patches as predicted.
 
-    The images and the mask are the same every time. Needs a module with `reconstruct(images)`, as `MAE` and `SimMIM` have.
+    The images and the mask are the same every time. Needs a module with `reconstruct(images)`, as `MAE`, `SimMIM` and
+    `Autoregressive` have.
 
     Args:
         num_images: Rows; the images are spread over the val set.
