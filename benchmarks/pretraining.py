@@ -129,12 +129,11 @@ def score(entry: Entry, weights: Path | None, seed: int) -> dict[str, float]:
     if weights is None:
         config = BackboneConfig(**(entry.backbone or recipe["model"]["init_args"]["backbone"]))
     config = resolve_backbone(config)
-    with _SEEDING:
-        torch.manual_seed(seed)
-        backbone = build_backbone(config)
     data = Digits(img_size=config.kwargs["img_size"], seed=0)
     data.setup()
-    knn, five_shot = scores(backbone, data)
+    with _SEEDING:  # scores draw random numbers, too
+        torch.manual_seed(seed)
+        knn, five_shot = scores(build_backbone(config), data)
     source = ["--seed_everything", str(seed), "--run_name", "run", "--model.backbone.name", str(config.name)]
     source += ["--model.backbone.weights", "null" if weights is None else str(weights)]
     with tempfile.TemporaryDirectory() as temporary:

@@ -52,7 +52,7 @@ def permitted(path: Path, name: str) -> bool:
             return not within(name, "vil_lightning.methods", "vil_lightning.cli")
         case "methods":
             return not within(name, "vil_lightning.data", "vil_lightning.callbacks", "vil_lightning.cli")
-        case "cli" | "checkpoint_io":  # checkpoint_io belongs to the command line
+        case "cli" | "checkpoint_io" | "look":  # parts of the command line
             return True
         case _:  # the building blocks
             return not within(name, "lightning", *OUTER)
@@ -64,7 +64,17 @@ def test_import_layers__a_module_imports_only_from_below(path: Path) -> None:
 
 
 def test_import_layers__every_module_belongs_to_a_layer() -> None:
-    known = {"__init__", "ops", "backbones", "data", "callbacks", "methods", "cli", "checkpoint_io"} | BUILDING_BLOCKS
+    known = {
+        "__init__",
+        "ops",
+        "backbones",
+        "data",
+        "callbacks",
+        "methods",
+        "cli",
+        "checkpoint_io",
+        "look",
+    } | BUILDING_BLOCKS
     assert {layer(path) for path in FILES} <= known
 
 

@@ -256,6 +256,7 @@ def silence_known_messages() -> None:
         r".*configure_optimizers` returned `None`",  # the probe's classifiers do not exist yet
         r".*does not have many workers",  # the built-in data set is in memory
         r".*could not find the monitored key",  # kNN runs every few epochs
+        r"LightningCLI's args parameter is intended",  # commands with arguments of their own pass on the rest
     ):
         warnings.filterwarnings("ignore", message=message)
     advertisement = "For seamless cloud logging"

@@ -55,8 +55,8 @@ def test_cifar__images_labels_and_classes(kind: Any, tmp_path: Path, download: b
     assert torch.equal(image, torch.from_numpy(pixels))
     assert label == 3
     assert data.val_source.labels == [7, 8, 9, 0, 1]
-    images, labels = next(iter(data.train_dataloader()))
-    assert (images.shape, labels.shape) == ((4, 3, 32, 32), (4,))
+    views, labels = next(iter(data.train_dataloader()))
+    assert (views.image.shape, labels.shape) == ((4, 3, 32, 32), (4,))
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "predict"])

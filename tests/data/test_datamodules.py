@@ -1,5 +1,6 @@
 """The built-in digits, and folders of images."""
 
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,12 +9,15 @@ import lightning as L
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from measured import draw
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
+from torch.utils.data import default_collate
 
-from vil_lightning.data import Digits, ImageDataModule, ImageFolder, MultiCrop, TrainTransform
+from vil_lightning.data import Digits, ImageDataModule, ImageFolder, MultiCrop, TorchvisionData, TrainTransform
 from vil_lightning.data.loading import ImageSource, TensorSource
+from vil_lightning.data.photometry import apply, plan
 from vil_lightning.data.transforms import EvalTransform
 from vil_lightning.errors import ConfigError
 
@@ -122,15 +126,66 @@ def test_normalize__floats_pass_unchanged() -> None:
     assert Digits().normalize(images) is images
 
 
-def test_on_after_batch_transfer__every_view() -> None:
-    data = Digits()
-    views = [torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8) for size in (8, 8, 4)]
-    labels = torch.tensor([1, 2])
-    out, out_labels = data.on_after_batch_transfer((views, labels), 0)
+def test_batch_transfer__every_view_gets_its_own_photometry() -> None:
+    transform = MultiCrop(8, 4, 2)
+    data = Digits(train_transform=transform, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randint(0, 256, (5, 3, 12, 12), dtype=torch.uint8, generator=generator)
+    samples = [transform(picture, draw(i)) for i, picture in enumerate(pictures)]
+    views, labels = default_collate([(sample, i) for i, sample in enumerate(samples)])
+    out, out_labels = data.on_after_batch_transfer(data.on_before_batch_transfer((views, labels), 0), 0)
     assert out_labels is labels
-    assert all(torch.equal(a, data.normalize(b)) for a, b in zip(out, views, strict=True))
-    single, _ = data.on_after_batch_transfer((views[0], labels), 0)
-    assert torch.equal(single, data.normalize(views[0]))
+    assert [tuple(view.shape) for view in out] == [(5, 3, 8, 8)] * 2 + [(5, 3, 4, 4)] * 2
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
+    for i, sample in enumerate(samples):
+        for view, (image, parameters) in zip(out, sample, strict=True):
+            alone = apply(image[None], plan(parameters[None]), transform.stages)[0]
+            torch.testing.assert_close(view[i], (alone - mean) / std)
+    plain = [[data.normalize(image) for image, _ in sample] for sample in samples]
+    changed = sum(
+        float((out[v][i] - view).abs().max()) > 0.1 for i, sample in enumerate(plain) for v, view in enumerate(sample)
+    )
+    assert changed > 10  # of 20
+
+
+def test_batch_transfer__one_view() -> None:
+    transform = TrainTransform(8)
+    data = Digits(train_transform=transform)
+    picture = torch.full((3, 9, 9), 200, dtype=torch.uint8)
+    views, labels = default_collate([(transform(picture, draw(i)), i) for i in range(4)])
+    out, _ = data.on_after_batch_transfer(data.on_before_batch_transfer((views, labels), 0), 0)
+    assert torch.equal(out, data._standardize(apply(views.image, plan(views.parameters), transform.stages)))
+
+
+def test_batch_transfer__evaluation_only_normalises() -> None:
+    data = Digits(train_transform=MultiCrop(8, 4, 2))
+    images, labels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8), torch.tensor([1, 2])
+    out, _ = data.on_after_batch_transfer(data.on_before_batch_transfer((images, labels), 0), 0)
+    assert torch.equal(out, data.normalize(images))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("bf16-true", torch.bfloat16)])
+def test_batch_transfer__in_the_precision_of_the_run(precision: str, dtype: torch.dtype) -> None:
+    class Dtypes(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+            self.seen: set[torch.dtype] = set()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.seen |= {view.dtype for view in batch[0]}
+            return self.weight.sum()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    module = Dtypes()
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    fit = L.Trainer(
+        accelerator="cpu", max_steps=1, precision=precision, enable_checkpointing=False, limit_val_batches=0, **quiet
+    )
+    fit.fit(module, datamodule=Digits(8, 16, train_transform=MultiCrop(8, 4, 1)))
+    assert module.seen == {dtype}
 
 
 def test_default_statistics__are_those_of_the_digits() -> None:
@@ -162,11 +217,12 @@ def test_image_folder__reads_png_and_jpeg_as_rgb(root: Path) -> None:
     assert data.classes == ["cat", "dog"]
     assert (len(data.train_source), len(data.val_source), data.num_classes) == (6, 4, 2)
     for index in range(6):
-        image, label = data.train_source[index]
+        picture, label = data.train_source[index]
+        image = picture.decode()
         assert image.dtype == torch.uint8
         assert image.shape[0] == 3
         assert abs(int(image[0].max()) - (40, 200)[label]) <= 2
-    grey, _ = data.train_source[1]
+    grey = data.train_source[1][0].decode()
     assert torch.equal(grey[0], grey[2])
     images, labels = next(iter(data.val_dataloader()))
     assert images.shape == (2, 3, 8, 8)
@@ -177,7 +233,7 @@ def test_image_folder__batches_of_views(root: Path) -> None:
     data = ready(ImageFolder(str(root), 8, 3, 0, train_transform=MultiCrop(8, 4, 2)))
     batches = list(data.train_dataloader())
     assert len(batches) == 2
-    assert [tuple(view.shape) for view in batches[0][0]] == [(3, 3, 8, 8)] * 2 + [(3, 3, 4, 4)] * 2
+    assert [tuple(view.image.shape) for view in batches[0][0]] == [(3, 3, 8, 8)] * 2 + [(3, 3, 4, 4)] * 2
 
 
 def test_image_folder__missing_root(tmp_path: Path) -> None:
@@ -461,23 +517,26 @@ def test_image_folder__root_not_set() -> None:
         ImageFolder()
 
 
-def test_image_folder__first_classes(root: Path) -> None:
+def test_image_folder__classes(root: Path) -> None:
     for split in ("train", "val"):
         (root / split / "ant").mkdir()
         Image.new("RGB", (4, 4), (7, 7, 7)).save(root / split / "ant" / "a.png")
     (root / "val" / "dog").rename(root / "val" / "wolf")  # not among the first two
-    data = ready(ImageFolder(str(root), 8, 2, 0, first_classes=2))
+    data = ready(ImageFolder(str(root), 8, 2, 0, classes="0-1"))
     assert (data.classes, data.num_classes) == (["ant", "cat"], 2)
-    assert [label for _, label in (data.train_source[i] for i in range(4))] == [0, 1, 1, 1]
+    assert data.train_source.labels == [0, 1, 1, 1]
     assert (len(data.train_source), len(data.val_source)) == (4, 3)
+    named = ready(ImageFolder(str(root), 8, 2, 0, classes="cat"))
+    assert (named.classes, named.train_source.labels, named.val_source.labels) == (["cat"], [0, 0, 0], [0, 0])
+    assert named.predict_names == [str(root / "val/cat" / name) for name in ("a.png", "b.JPEG")]
+    with pytest.raises(ConfigError, match="dog, wolf are in only one of them"):
+        ready(ImageFolder(str(root), classes="1,2"))
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate"])
-def test_image_folder__more_first_classes_than_there_are(root: Path, stage: str) -> None:
-    with pytest.raises(ConfigError, match=r"data\.first_classes=3 exceeds the 2 class folder\(s\) in"):
-        ImageFolder(str(root), first_classes=3).setup(stage)
-    with pytest.raises(ConfigError, match=r"data\.first_classes=0 must be at least 1"):
-        ImageFolder(str(root), first_classes=0)
+def test_image_folder__more_classes_than_there_are(root: Path, stage: str) -> None:
+    with pytest.raises(ConfigError, match=r"data\.classes='0-2': there are 2 classes"):
+        ImageFolder(str(root), classes="0-2").setup(stage)
 
 
 # --- on the command line ----------------------------------------------------------------------------------------------
@@ -542,3 +601,29 @@ def test_train_fraction__of_a_folder(tmp_path: Path) -> None:
 def test_train_fraction__out_of_range(fraction: float) -> None:
     with pytest.raises(ConfigError, match=rf"data\.train_fraction={fraction} must be in \(0, 1\]"):
         Digits(train_fraction=fraction)
+
+
+# --- what a run suggests as the next command --------------------------------------------------------------------------
+
+
+def test_source_options__nothing_for_the_built_in_images() -> None:
+    assert Digits().source_options() == ""
+
+
+def test_source_options__name_what_differs_from_the_defaults(root: Path) -> None:
+    assert ImageFolder(str(root)).source_options() == f"--data ImageFolder --data.root {root}"
+    data = ImageFolder(str(root), val_fraction=0.5, labelled=False)
+    assert (
+        data.source_options() == f"--data ImageFolder --data.root {root} --data.val_fraction 0.5 --data.labelled False"
+    )
+    few = TorchvisionData("STL10", "my sets", classes="0-4", download=True)
+    assert few.source_options() == "--data TorchvisionData --data.name STL10 --data.root 'my sets' --data.classes 0-4"
+    assert Digits(classes="3,5").source_options() == "--data Digits --data.classes 3,5"
+
+
+def test_source_options__are_read_back(root: Path) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(L.LightningDataModule, "data")
+    data = ImageFolder(str(root), val_fraction=0.5, split_seed=3, classes="0-1")
+    chosen = parser.parse_args(shlex.split(data.source_options())).data.init_args
+    assert (chosen.root, chosen.val_fraction, chosen.split_seed, chosen.classes) == (str(root), 0.5, 3, "0-1")

@@ -1,20 +1,25 @@
-"""What a sample looks like depends on (seed, epoch, index) alone."""
+"""What a view looks like depends on (seed, epoch, index, view) alone; images that cannot be read; dead workers."""
 
+import itertools
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from vil_lightning.data import Digits, MultiCrop
-from vil_lightning.data.loading import EpochSampler, ResumableLoader, TransformedDataset, seeded
+from vil_lightning.data.loading import EpochSampler, ResumableLoader, TransformedDataset, collate, view_generator
 
 COUNT, BATCH = 22, 4
 
 
 class Numbered:
     """Image i is grey of value i, plus a gradient to crop from."""
+
+    labels = list(range(COUNT))
 
     def __len__(self) -> int:
         return COUNT
@@ -30,7 +35,9 @@ def loader(
     transform = MultiCrop(global_size=8, local_size=4, num_local_views=1)
     dataset = TransformedDataset(Numbered(), transform, seed=5)
     sampler = EpochSampler(dataset, world_size, rank, shuffle=True, seed=5, drop_last=True, repeats=repeats)
-    return ResumableLoader(dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers, drop_last=True)
+    return ResumableLoader(
+        dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers, drop_last=True, collate_fn=collate
+    )
 
 
 def epoch_of(loader: ResumableLoader, epoch: int = 0) -> list[Any]:
@@ -40,11 +47,17 @@ def epoch_of(loader: ResumableLoader, epoch: int = 0) -> list[Any]:
 
 def same(a: Any, b: Any) -> bool:
     """Whether two batches have the same views and labels, bit for bit."""
-    return torch.equal(a[1], b[1]) and all(torch.equal(x, y) for x, y in zip(a[0], b[0], strict=True))
+    pairs = [pair for views in zip(a[0], b[0], strict=True) for pair in zip(*views, strict=True)]
+    return torch.equal(a[1], b[1]) and all(torch.equal(x, y) for x, y in pairs)
 
 
 def by_label(batches: list[Any]) -> dict[int, list[Tensor]]:
-    return {int(label): [view[i] for view in views] for views, labels in batches for i, label in enumerate(labels)}
+    """Images and parameters of every view of every image."""
+    return {
+        int(label): [tensor[i] for view in views for tensor in view]
+        for views, labels in batches
+        for i, label in enumerate(labels)
+    }
 
 
 def test_batches__independent_of_the_number_of_workers() -> None:
@@ -85,7 +98,7 @@ def test_epochs__are_repeatable() -> None:
 
 def test_views__of_one_image_differ() -> None:
     views, _ = epoch_of(loader())[0]
-    assert not torch.equal(views[0], views[1])
+    assert not torch.equal(views[0].image, views[1].image)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -123,37 +136,24 @@ def test_resumable_loader__finished_epoch_starts_the_next_one_from_its_beginning
     assert all(same(a, b) for a, b in zip(epoch_of(resumed, 1), epoch_of(loader(), 1), strict=True))
 
 
-def test_seeded__restores_the_generator() -> None:
-    expected = [torch.rand(3), torch.rand(3)]
-    torch.manual_seed(0)
-    first = torch.rand(3)
-    with seeded(1, 2, 3):
-        inside = torch.rand(3)
-    assert torch.equal(first, expected[0])
-    assert torch.equal(torch.rand(3), expected[1])
-    with seeded(1, 2, 3):
-        assert torch.equal(torch.rand(3), inside)
+def test_view_generator__each_number_counts() -> None:
+    keys = list(itertools.product((0, 1, 2, 2**40), repeat=4))
+    assert len({view_generator(*key).random() for key in keys}) == len(keys)
+    assert view_generator(1, 2, 3, 4).random(3).tolist() == view_generator(1, 2, 3, 4).random(3).tolist()
 
 
-def test_seeded__restores_the_generator_after_an_error() -> None:
-    state = torch.get_rng_state()
-
-    def fails() -> None:
-        with seeded(1, 2, 3):
-            torch.rand(3)
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fails()
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_seeded__each_number_counts() -> None:
-    draws = set()
-    for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 1, 1), (0, 2, 1), (0, 1, 2)):
-        with seeded(*key):
-            draws.add(torch.rand((), dtype=torch.float64).item())
-    assert len(draws) == 9
+def test_view_generator__neighbours_are_independent() -> None:
+    """Means and correlations of the first two numbers of 40,000 neighbouring streams."""
+    drawn = np.array(
+        [view_generator(0, epoch, i, view).random(2) for epoch in (0, 1) for view in (0, 1) for i in range(10_000)]
+    )
+    streams = drawn.reshape(4, 10_000, 2)
+    error = 4 / math.sqrt(10_000)
+    assert np.abs(streams.mean(1) - 0.5).max() < error / math.sqrt(12)
+    columns = np.concatenate([streams[..., 0], streams[..., 1]])
+    correlations = np.corrcoef(columns) - np.eye(8)
+    assert np.abs(correlations).max() < error
+    assert abs(np.corrcoef(drawn[:-1, 0], drawn[1:, 0])[0, 1]) < error
 
 
 def test_data_module__seed_decides_the_batches() -> None:
@@ -163,7 +163,7 @@ def test_data_module__seed_decides_the_batches() -> None:
         return next(iter(data.train_dataloader()))
 
     assert same(first_batch(1), first_batch(1))
-    assert not torch.equal(first_batch(1)[0][0], first_batch(2)[0][0])
+    assert not torch.equal(first_batch(1)[0][0].image, first_batch(2)[0][0].image)
 
 
 # --- the order in which images are dealt, and repeated augmentation ---------------------------------------------------
@@ -213,7 +213,8 @@ def test_repeats__copies_are_augmented_differently() -> None:
     different = 0
     for views, labels in batches:
         assert labels[0::2].tolist() == labels[1::2].tolist()
-        different += sum(not torch.equal(a, b) for a, b in zip(views[0][0::2], views[0][1::2], strict=True))
+        images = views[0].image
+        different += sum(not torch.equal(a, b) for a, b in zip(images[0::2], images[1::2], strict=True))
     assert different > 0.8 * len(batches) * BATCH / 2
 
 
@@ -222,7 +223,8 @@ def test_repeats__samples_independent_of_the_number_of_processes() -> None:
     parts = [epoch_of(loader(rank, 3, batch_size=2, repeats=3), 1) for rank in range(3)]
     for batch, *shares in zip(whole, *parts, strict=True):
         for rank, share in enumerate(shares):
-            assert same(share, ([view[rank::3] for view in batch[0]], batch[1][rank::3]))
+            views = [[tensor[rank::3] for tensor in view] for view in batch[0]]
+            assert same(share, (views, batch[1][rank::3]))
 
 
 @pytest.mark.parametrize("done", [1, 3])

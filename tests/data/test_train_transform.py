@@ -1,6 +1,5 @@
 """The view of supervised training: 10,000 measured draws against the numbers of the papers, determinism, refusals."""
 
-import math
 import pickle
 import random
 from typing import Any
@@ -8,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from measured import assert_rate, count_calls, image
+from measured import assert_rate, assert_uniform, draw, image, parameters_of
 from torchvision.transforms.v2 import RandomResizedCrop
 
 from vil_lightning.data import TrainTransform, transforms
-from vil_lightning.data.loading import EpochSampler, ResumableLoader, TransformedDataset, seeded
+from vil_lightning.data.loading import EpochSampler, ResumableLoader, TransformedDataset, ViewGenerators, collate
 from vil_lightning.errors import ConfigError
 
 DRAWS = 10_000
@@ -23,98 +22,36 @@ QUIET: dict[str, Any] = {"hflip_prob": 0.0, "three_augment": False, "color_jitte
 # --- the recipe of the ViL paper --------------------------------------------------------------------------------------
 
 
-def test_train_transform__exactly_one_of_three_augmentations(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = count_calls(monkeypatch, "resized_crop", "rgb_to_grayscale", "solarize", "gaussian_blur")
-    monkeypatch.setattr(transforms, "_THREE_AUGMENT_SIGMA", (0.5, 2.0))  # below 1/6 px the blur's kernel is one pixel
-    transform = TrainTransform(8, hflip_prob=0.0, color_jitter_prob=0.0)
-    picture = image()
-    for draw in range(1, DRAWS + 1):
-        transform(picture)
-        assert calls["rgb_to_grayscale"] + calls["solarize"] + calls["gaussian_blur"] == draw
-    for name in ("rgb_to_grayscale", "solarize", "gaussian_blur"):
-        assert_rate(calls[name], DRAWS, 1 / 3, deviations=3)
-
-
-def test_train_transform__sigma_of_the_blur_and_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
-    sigmas, thresholds = [], []
-    count_calls(monkeypatch, "resized_crop")
-
-    def blur(picture: torch.Tensor, kernel: list[int], sigma: list[float]) -> torch.Tensor:
-        assert kernel[0] == kernel[1] >= 2 * 3 * sigma[0] - 1  # three deviations to either side, rounded
-        assert sigma[0] == sigma[1]
-        sigmas.append(sigma[0])
-        return picture
-
-    def solarize(picture: torch.Tensor, threshold: float) -> torch.Tensor:
-        thresholds.append(threshold)
-        return picture
-
-    monkeypatch.setattr(transforms.TF, "gaussian_blur", blur)
-    monkeypatch.setattr(transforms.TF, "solarize", solarize)
-    transform = TrainTransform(16, hflip_prob=0.0, color_jitter_prob=0.0)
-    picture = image(16)
-    for _ in range(DRAWS):
-        transform(picture)
-    assert set(thresholds) == {128}
-    # Of U(0.1, 2.0), the part above 1/6 reaches the operation: below, the kernel is one pixel and changes nothing.
-    assert_rate(len(sigmas), DRAWS, (2.0 - 1 / 6) / 1.9 / 3, deviations=3)
-    assert 1 / 6 <= min(sigmas) < 0.18
-    assert 1.99 < max(sigmas) <= 2.0
-    width = 2.0 - 1 / 6
-    assert abs(sum(sigmas) / len(sigmas) - (2.0 + 1 / 6) / 2) < 3 * width / math.sqrt(12 * len(sigmas))
-
-
-def test_train_transform__jitter_is_always_applied_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("adjust_brightness", "adjust_contrast", "adjust_saturation")
-    factors: dict[str, list[float]] = {name: [] for name in names}
-    applied: list[str] = []
-    calls = count_calls(monkeypatch, "resized_crop", "adjust_hue")
-    for name in names:
-
-        def record(picture: torch.Tensor, factor: float, name: str = name) -> torch.Tensor:
-            factors[name].append(factor)
-            applied.append(name)
-            return picture
-
-        monkeypatch.setattr(transforms.TF, name, record)
-    transform = TrainTransform(8, hflip_prob=0.0, three_augment=False)
-    picture = image()
-    for _ in range(DRAWS):
-        transform(picture)
-    assert calls["adjust_hue"] == 0
-    for place in range(3):
-        for name in names:
-            assert_rate(applied[place::3].count(name), DRAWS, 1 / 3, deviations=3)
-    for name in names:
-        values = factors[name]
-        assert len(values) == DRAWS
-        assert 0.7 <= min(values) < 0.701
-        assert 1.299 < max(values) <= 1.3
-        assert abs(sum(values) / DRAWS - 1) < 3 * 0.6 / math.sqrt(12 * DRAWS)
-
-
-def test_train_transform__rate_of_the_flip(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = count_calls(monkeypatch, "resized_crop", "horizontal_flip")
-    transform = TrainTransform(8, three_augment=False, color_jitter_prob=0.0)
-    picture = image()
-    for _ in range(DRAWS):
-        transform(picture)
-    assert_rate(calls["horizontal_flip"], DRAWS, 0.5, deviations=3)
+def test_train_transform__recipe_of_the_paper() -> None:
+    (view,) = parameters_of(TrainTransform(8), DRAWS)
+    three = {"grayscale": view["grayscale"] > 0, "solarize": view["solarize"] > 0, "blur": view["sigma"] > 0}
+    assert torch.equal(
+        sum(which.int() for which in three.values()), torch.ones(DRAWS, dtype=torch.int32)
+    )  # exactly one
+    for which in three.values():
+        assert_rate(which.sum(), DRAWS, 1 / 3, deviations=3)
+    assert_uniform(view["sigma"][three["blur"]], 0.1, 2.0)
+    assert_rate(view["flip"].sum(), DRAWS, 0.5, deviations=3)
+    for name in ("brightness", "contrast", "saturation"):  # always, in any order
+        assert_uniform(view[name], 0.7, 1.3)
+    assert not view["hue"].any()
+    for order in range(24):
+        assert_rate((view["order"] == order).sum(), DRAWS, 1 / 24)
+    assert TrainTransform.stages == ("flip", "grayscale", "solarize", "blur", "jitter")
 
 
 def test_train_transform__crops_are_those_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
     boxes = []
 
-    def record(picture: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        boxes.append(args[:4])
-        assert args[4] == [8, 8]
-        assert kwargs == {"interpolation": transforms.InterpolationMode.BICUBIC, "antialias": True}
-        return picture
+    def record(picture: torch.Tensor, wanted: list[Any], sizes: list[int]) -> list[torch.Tensor]:
+        boxes.extend(wanted)
+        assert sizes == [8]
+        return [picture]
 
-    monkeypatch.setattr(transforms.TF, "resized_crop", record)
+    monkeypatch.setattr(transforms, "crop_all", record)
     transform, picture = TrainTransform(8, **QUIET), image(256)
-    for _ in range(DRAWS):
-        transform(picture)
+    for i in range(DRAWS):
+        transform(picture, draw(i))
     assert len(boxes) == DRAWS
     assert all(0 <= top <= top + h <= 256 and 0 <= left <= left + w <= 256 for top, left, h, w in boxes)
     areas = torch.tensor([h * w / 256**2 for _, _, h, w in boxes])
@@ -137,30 +74,16 @@ def test_train_transform__crops_are_those_of_torchvision(monkeypatch: pytest.Mon
     torch.testing.assert_close(ours.std(0), theirs.std(0), rtol=0.04, atol=0)
 
 
-def test_train_transform__order_of_the_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    applied: list[str] = []
-    for name in ("_random_resized_crop", "_rotate", "_three_augment", "_jitter"):
-
-        def record(picture: torch.Tensor, *args: Any, name: str = name) -> torch.Tensor:
-            applied.append(name)
-            return picture
-
-        monkeypatch.setattr(transforms, name, record)
-    monkeypatch.setattr(transforms.TF, "horizontal_flip", lambda picture: applied.append("flip") or picture)
-    TrainTransform(8, hflip_prob=1.0, rotation=5.0)(image())
-    assert applied == ["_random_resized_crop", "_rotate", "flip", "_three_augment", "_jitter"]
-
-
 # --- other crops and policies -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("settings", [{}, {"crop": "simple"}, DEIT, {"rotation": 20.0}], ids=str)
-@pytest.mark.parametrize("shape", [(3, 16, 16), (3, 20, 31), (3, 50, 9)])
+@pytest.mark.parametrize("shape", [(3, 16, 16), (3, 20, 31), (3, 50, 9), (3, 1, 400)])
 def test_train_transform__size_and_dtype(settings: dict[str, Any], shape: tuple[int, int, int]) -> None:
     picture = torch.randint(0, 256, shape, dtype=torch.uint8)
     before, transform = picture.clone(), TrainTransform(16, **settings)
-    for _ in range(20):
-        view = transform(picture)
+    for i in range(20):
+        view = transform(picture, draw(i)).image
         assert (view.shape, view.dtype) == ((3, 16, 16), torch.uint8)
     assert torch.equal(picture, before)
 
@@ -172,7 +95,7 @@ def test_simple_crop__any_window_of_the_reflected_image() -> None:
     places = [(top, left) for top in range(9) for left in range(17)]
     windows = {padded[:, t : t + 12, left : left + 12].numpy().tobytes(): (t, left) for t, left in places}
     assert len(windows) == len(places)
-    seen = [windows[transform(picture).numpy().tobytes()] for _ in range(2000)]
+    seen = [windows[transform(picture, draw(i)).image.numpy().tobytes()] for i in range(2000)]
     assert set(seen) == set(places)  # the rarest of 153 windows is missed with probability 3e-4
     assert_rate(sum(top == 0 for top, _ in seen), 2000, 1 / 9)
     assert_rate(sum(left == 16 for _, left in seen), 2000, 1 / 17)
@@ -182,21 +105,28 @@ def test_simple_crop__resizes_the_short_side() -> None:
     halves = torch.zeros(3, 40, 80, dtype=torch.uint8)
     halves[:, :, 40:] = 200
     transform = TrainTransform(8, crop="simple", **QUIET)  # 8 x 16 px, of which at most 4 columns are reflected
-    shares = [float((transform(halves) > 100).float().mean()) for _ in range(200)]
+    shares = [float((transform(halves, draw(i)).image > 100).float().mean()) for i in range(200)]
     assert (min(shares), max(shares)) == (0.0, 1.0)
 
 
-def test_rand_augment__draws_from_torch_alone() -> None:
+def test_rand_augment__draws_from_the_generator_of_the_view_alone() -> None:
     transform, picture = TrainTransform(32, **DEIT), image(40)
-    expected = [transform(picture) for _ in range(8)]
+    expected = [transform(picture, draw(i)).image for i in range(8)]
     random.seed(1)
     np.random.seed(2)
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    torch.manual_seed(0)  # of the fixture
-    image(40)
-    assert all(torch.equal(transform(picture), view) for view in expected)
+    assert all(torch.equal(transform(picture, draw(i)).image, view) for i, view in enumerate(expected))
     assert random.getstate() == python_state
     assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), numpy_state, strict=True))
+
+
+def test_rand_augment__acts_on_the_flipped_picture() -> None:
+    still = {**DEIT, "scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip_prob": 1.0}
+    transform, picture = TrainTransform(16, **still), image(16)
+    transform._policy = lambda seen: seen
+    view = transform(picture, draw())
+    assert torch.equal(view.image, picture.flip(-1))
+    assert view.parameters[0] == 0  # and is not flipped again
 
 
 def test_rand_augment__restores_the_generators_after_an_error() -> None:
@@ -210,7 +140,7 @@ def test_rand_augment__restores_the_generators_after_an_error() -> None:
     transform._policy = fails
     python_state, numpy_state = random.getstate(), np.random.get_state()[1].copy()
     with pytest.raises(ZeroDivisionError):
-        transform(image())
+        transform(image(), draw())
     assert random.getstate() == python_state
     assert np.array_equal(np.random.get_state()[1], numpy_state)
 
@@ -228,7 +158,7 @@ def test_rand_augment__is_the_policy_of_deit() -> None:
 def test_rand_augment__changes_pictures() -> None:
     still = TrainTransform(16, **{**DEIT, "hflip_prob": 0.0, "scale": (1.0, 1.0), "ratio": (1.0, 1.0)})
     picture = image(16)
-    views = [still(picture) for _ in range(200)]
+    views = [still(picture, draw(i)).image for i in range(200)]
     changed = sum(not torch.equal(view, picture) for view in views)
     assert 100 < changed < 190  # each of two operations does nothing in half of the cases
     assert len({view.numpy().tobytes() for view in views}) > 80
@@ -245,8 +175,8 @@ def test_train_transform__depends_on_seed_epoch_and_index_alone(settings: dict[s
         random.seed()
         np.random.seed()
         torch.rand(1)
-        with seeded(seed, epoch, index):
-            return TrainTransform(16, **settings)(picture).numpy().tobytes()
+        made = TrainTransform(16, **settings)(picture, ViewGenerators(seed, epoch, index))
+        return made.image.numpy().tobytes() + made.parameters.numpy().tobytes()
 
     keys = [(s, e, i) for s in range(3) for e in range(3) for i in range(3)]
     views = {key: view(*key) for key in keys}
@@ -256,6 +186,8 @@ def test_train_transform__depends_on_seed_epoch_and_index_alone(settings: dict[s
 
 def test_train_transform__independent_of_worker_processes() -> None:
     class Pictures:
+        labels = list(range(12))
+
         def __len__(self) -> int:
             return 12
 
@@ -265,20 +197,18 @@ def test_train_transform__independent_of_worker_processes() -> None:
     def batches(num_workers: int) -> list[Any]:
         dataset = TransformedDataset(Pictures(), TrainTransform(16, **DEIT), seed=5)
         sampler = EpochSampler(dataset, 1, 0, shuffle=True, seed=5, drop_last=True)
-        return list(ResumableLoader(dataset, batch_size=4, sampler=sampler, num_workers=num_workers))
+        return list(ResumableLoader(dataset, 4, sampler=sampler, num_workers=num_workers, collate_fn=collate))
 
     for alone, helped in zip(batches(0), batches(2), strict=True):
-        assert torch.equal(alone[0], helped[0])
+        assert torch.equal(alone[0].image, helped[0].image)
+        assert torch.equal(alone[0].parameters, helped[0].parameters)
         assert torch.equal(alone[1], helped[1])
 
 
 def test_train_transform__can_be_sent_to_workers() -> None:
     transform, picture = TrainTransform(16, **DEIT), image(16)
     copy = pickle.loads(pickle.dumps(transform))
-    with seeded(1, 2, 3):
-        view = transform(picture)
-    with seeded(1, 2, 3):
-        assert torch.equal(copy(picture), view)
+    assert torch.equal(copy(picture, draw()).image, transform(picture, draw()).image)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from vil_lightning.data import TrainTransform
 from vil_lightning.errors import ConfigError
-from vil_lightning.methods import MAE, BackboneConfig, LinearProbe, SimMIM, Supervised
+from vil_lightning.methods import MAE, Autoregressive, BackboneConfig, LinearProbe, SimMIM, Supervised
 from vil_lightning.methods.mae import hidden_loss
 from vil_lightning.methods.masked import normalize_patches, patchify, unpatchify
 from vil_lightning.methods.randomness import seed_step
@@ -420,13 +420,21 @@ class ContentSimMIM(SimMIM):
         return torch.optim.SGD(super().configure_optimizers().param_groups)
 
 
+class SGDAutoregressive(Autoregressive):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(super().configure_optimizers().param_groups)
+
+
 def contestants() -> dict[str, L.LightningModule]:
     torch.manual_seed(1)
     config = BackboneConfig(VIL, None, {**SMALL, "global_pool": "avg"})
+    forward = BackboneConfig(VIL, None, {**SMALL, "block_design": "unidirectional"})
+    decoder = {"decoder_dim": 32, "decoder_depth": 2, "decoder_num_heads": 2}
     return {
         "drop": mae(ContentMAE, lr_warmup=0),
         "mask_token": mae(ContentMAE, lr_warmup=0, hidden="mask_token", decoder="vit"),
         "simmim": ContentSimMIM(config, mask_ratio=0.75, mask_unit=1, base_lr=6.0, lr_warmup=0),
+        "autoregressive": SGDAutoregressive(forward, cluster_size=2, base_lr=6.0, lr_warmup=0, **decoder),
     }
 
 

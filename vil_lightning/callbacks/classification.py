@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
+from vil_lightning.callbacks.features import check_labelled
+
 
 class ClassificationPictures(L.Callback):
     """Writes to TensorBoard, after a validation or test: the confusion matrix, and the images with the highest loss.
@@ -30,6 +32,9 @@ class ClassificationPictures(L.Callback):
         self.size = size
         self._counts: Tensor | None = None
         self._worst: list[tuple[float, Tensor, int, int]] = []  # loss, image in [0, 1], class, predicted class
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        check_labelled(self, trainer)
 
     def _wanted(self, trainer: L.Trainer) -> bool:
         if trainer.sanity_checking:

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from vil_lightning.data.loading import EpochSampler, ResumableLoader, SubsetSource, TransformedDataset
+from vil_lightning.data.loading import EpochSampler, ResumableLoader, SubsetSource, TransformedDataset, collate
 from vil_lightning.errors import ConfigError
 
 
@@ -41,7 +41,8 @@ def collect(
 ) -> tuple[Tensor, Tensor]:
     """What `function` makes of a loader's images, on all processes: results (N, ...) in float32 and labels (N,).
 
-    Every process gets the results for every image, once and in order. All of them have to call this.
+    Every process gets the results for every image, once and in order, but for images that cannot be read. All of them have to
+    call this.
     """
     parts, label_parts = [], []
     with observing(trainer, module):
@@ -50,11 +51,16 @@ def collect(
             parts.append(function(images).float())
             label_parts.append(batch_labels.to(module.device))
     results, labels = torch.cat(parts), torch.cat(label_parts)
+    real = torch.ones(len(loader.dataset), dtype=torch.int64, device=module.device)  # type: ignore[arg-type]
+    real[list(getattr(loader.dataset, "unreadable", ()))] = 0
     if trainer.world_size > 1:
         # The sampler deals images out in turn and repeats the first ones to even the end out: undo both.
         total = len(loader.dataset)  # type: ignore[arg-type]
         results = module.all_gather(results).transpose(0, 1).flatten(0, 1)[:total]  # type: ignore[union-attr]
         labels = module.all_gather(labels).transpose(0, 1).flatten()[:total]  # type: ignore[union-attr]
+        real = module.all_gather(real).amin(dim=0)  # type: ignore[union-attr]  # each process knows of its own images
+    if not real.all():
+        results, labels = results[real.bool()], labels[real.bool()]
     return results, labels
 
 
@@ -67,18 +73,24 @@ def val_loader(trainer: L.Trainer, max_images: int) -> DataLoader[Any]:
     """At most `max_images` images spread over the val set, in fixed order, dealt to the processes in turn."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     source = SubsetSource(data.val_source, spread(len(data.val_source), max_images))
-    dataset = TransformedDataset(source, data.eval_transform, data.seed)
+    dataset = TransformedDataset(source, data.eval_transform, data.seed, data.max_bad_fraction, data.known_bad)
     sampler = EpochSampler(
         dataset, trainer.world_size, trainer.global_rank, shuffle=False, seed=data.seed, drop_last=False
     )
-    return ResumableLoader(dataset, batch_size=data.eval_batch_size, sampler=sampler, num_workers=data.num_workers)
+    return ResumableLoader(
+        dataset,
+        batch_size=data.eval_batch_size,
+        sampler=sampler,
+        num_workers=data.num_workers,
+        collate_fn=collate,
+        timeout=data.worker_timeout if data.num_workers else 0,
+    )
 
 
 def val_images(trainer: L.Trainer, num_images: int) -> tuple[Tensor, list[int]]:
     """uint8 (n, 3, H, W) of images spread over the val set, and their classes; on the calling process alone."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    chosen = [data.val_source[i] for i in spread(len(data.val_source), num_images)]
-    return torch.stack([data.eval_transform(image) for image, _ in chosen]), [label for _, label in chosen]
+    return data.val_images(spread(len(data.val_source), num_images))
 
 
 def last_epoch(trainer: L.Trainer) -> bool:
@@ -104,3 +116,18 @@ def check_counts(callback: L.Callback, **counts: int | None) -> None:
             raise ConfigError(
                 f"{type(callback).__name__}: {name}={count} must be at least 1. Set {name} in the callback's init_args."
             )
+
+
+def check_labelled(callback: L.Callback, trainer: L.Trainer) -> None:
+    """Refuse images without classes, before the first step.
+
+    Raises:
+        ConfigError: Saying how to do without the callback.
+    """
+    if not getattr(trainer.datamodule, "labelled", True):  # type: ignore[attr-defined]
+        name = type(callback).__name__
+        raise ConfigError(
+            f"{name} scores by classes, but the images have none (data.labelled=false, or a split without labels). Leave "
+            f"{name} out of trainer.callbacks (--trainer.callbacks '[]' leaves out all of a recipe's), and set "
+            "--checkpoint.monitor null if the recipe monitors what it logs."
+        )

@@ -5,7 +5,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from vil_lightning.callbacks.features import collect
+from vil_lightning.callbacks.features import check_labelled, collect
 from vil_lightning.knn import knn_accuracy
 
 
@@ -22,6 +22,9 @@ class OnlineKNN(L.Callback):
         self.every_n_epochs = every_n_epochs
         self.k = k
         self.max_bank_size = max_bank_size
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        check_labelled(self, trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         epoch = trainer.current_epoch + 1

@@ -63,7 +63,7 @@ class EmbeddingProjector(L.Callback):
                 ]
             )
         # One line per image: a name must not break it.
-        names = [" ".join(data.classes[label].split()) for label in labels]
+        names = [" ".join(data.classes[label].split()) if data.labelled else "no class" for label in labels]
         for writer in writers:
             writer.add_embedding(features, names, small_pictures(images, self.size), trainer.global_step, TAG)
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import make_grid
 
+from vil_lightning.callbacks.features import val_images
+
 
 class ReconstructionPictures(L.Callback):
     """Writes val images to TensorBoard: a row each, as they are, as the network saw them, and with hidden patches as predicted.
@@ -55,8 +57,5 @@ class ReconstructionPictures(L.Callback):
     def _held_out(self, trainer: L.Trainer) -> Tensor:
         """uint8 (n, 3, H, W)."""
         if self._images is None:
-            data = trainer.datamodule  # type: ignore[attr-defined]
-            total = len(data.val_source)
-            places = torch.linspace(0, total - 1, min(self.num_images, total)).round().long().tolist()
-            self._images = torch.stack([data.eval_transform(data.val_source[i][0]) for i in places])
+            self._images, _ = val_images(trainer, self.num_images)
         return self._images

@@ -37,7 +37,7 @@ class RunSummary(L.Callback):
         if hasattr(data, "train_source"):
             lines["data"] = (
                 f"{type(data).__name__}: {len(data.train_source)} training and {len(data.val_source)} val images, "
-                f"{data.num_classes} classes"
+                f"{data.num_classes or 'no'} classes"
             )
             batch = data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
             lines["batch"] = (
@@ -72,6 +72,9 @@ class RunSummary(L.Callback):
                 )
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         self.console.print(f"Finished at step {trainer.global_step}. {shown}")
+        bad = getattr(trainer.datamodule, "known_bad", {})  # type: ignore[attr-defined]
+        if bad:
+            self.console.print(f"{len(bad)} unreadable images were skipped by this process, such as {next(iter(bad))}")
         directory = self._checkpoint_dir(trainer)
         last = Path(directory) / "last.ckpt" if directory else None
         next_command = getattr(pl_module, "next_command", None)

@@ -7,7 +7,7 @@ import torchvision.datasets
 
 from vil_lightning.data.datamodule import ImageDataModule
 from vil_lightning.data.loading import ImageSource, TensorSource
-from vil_lightning.data.transforms import MultiCrop, TrainTransform
+from vil_lightning.data.transforms import TrainingTransform
 from vil_lightning.errors import ConfigError
 
 
@@ -28,28 +28,14 @@ class CIFAR10(ImageDataModule):
         img_size: int = 32,
         batch_size: int = 128,
         num_workers: int = 4,
-        train_transform: MultiCrop | TrainTransform | None = None,
+        train_transform: TrainingTransform | None = None,
         eval_batch_size: int | None = 512,
         mean: tuple[float, float, float] = (0.4914, 0.4822, 0.4465),
         std: tuple[float, float, float] = (0.247, 0.2435, 0.2616),
-        seed: int | None = None,
-        crop_pct: float = 1.0,
-        repeats: int = 1,
-        train_fraction: float = 1.0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            img_size,
-            batch_size,
-            num_workers,
-            train_transform,
-            eval_batch_size,
-            mean,
-            std,
-            seed,
-            crop_pct,
-            repeats,
-            train_fraction,
-        )
+        super().__init__(img_size, batch_size, num_workers, train_transform, eval_batch_size, mean, std, **kwargs)
+        self.source_arguments = {"root": root}
         self.root = root
         self.download = download
 
@@ -95,29 +81,14 @@ class CIFAR100(CIFAR10):
         img_size: int = 32,
         batch_size: int = 128,
         num_workers: int = 4,
-        train_transform: MultiCrop | TrainTransform | None = None,
+        train_transform: TrainingTransform | None = None,
         eval_batch_size: int | None = 512,
         mean: tuple[float, float, float] = (0.5071, 0.4865, 0.4409),
         std: tuple[float, float, float] = (0.2673, 0.2564, 0.2762),
-        seed: int | None = None,
-        crop_pct: float = 1.0,
-        repeats: int = 1,
-        train_fraction: float = 1.0,
+        **kwargs: Any,
     ) -> None:
         super().__init__(
-            root,
-            download,
-            img_size,
-            batch_size,
-            num_workers,
-            train_transform,
-            eval_batch_size,
-            mean,
-            std,
-            seed,
-            crop_pct,
-            repeats,
-            train_fraction,
+            root, download, img_size, batch_size, num_workers, train_transform, eval_batch_size, mean, std, **kwargs
         )
 
 

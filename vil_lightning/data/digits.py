@@ -1,11 +1,13 @@
 """The built-in data set: scikit-learn's 1,797 handwritten digits, 8 x 8 px. Real images, nothing to download."""
 
+from typing import Any
+
 import torch
 from sklearn.datasets import load_digits
 
 from vil_lightning.data.datamodule import ImageDataModule
 from vil_lightning.data.loading import ImageSource, TensorSource
-from vil_lightning.data.transforms import MultiCrop, TrainTransform
+from vil_lightning.data.transforms import TrainingTransform
 
 
 class Digits(ImageDataModule):
@@ -19,28 +21,13 @@ class Digits(ImageDataModule):
         img_size: int = 16,
         batch_size: int = 128,
         num_workers: int = 0,
-        train_transform: MultiCrop | TrainTransform | None = None,
+        train_transform: TrainingTransform | None = None,
         eval_batch_size: int | None = 512,
         mean: tuple[float, float, float] = (0.305, 0.305, 0.305),
         std: tuple[float, float, float] = (0.376, 0.376, 0.376),
-        seed: int | None = None,
-        crop_pct: float = 1.0,
-        repeats: int = 1,
-        train_fraction: float = 1.0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            img_size,
-            batch_size,
-            num_workers,
-            train_transform,
-            eval_batch_size,
-            mean,
-            std,
-            seed,
-            crop_pct,
-            repeats,
-            train_fraction,
-        )
+        super().__init__(img_size, batch_size, num_workers, train_transform, eval_batch_size, mean, std, **kwargs)
 
     def build_sources(self) -> tuple[ImageSource, ImageSource, list[str]]:
         digits = load_digits()

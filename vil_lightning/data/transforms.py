@@ -1,40 +1,73 @@
-"""Views of an image. Input and output are uint8 tensors (3, H, W); randomness comes from torch's CPU generator."""
+"""Views of an image: what the workers do.
+
+They crop, as uint8, and draw at random how brightness, colours and sharpness are to change; `photometry` does that later, for
+a whole batch on the device. All randomness of a view comes from the generator it is given.
+"""
 
 import math
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
+from vil_lightning.data.crops import (
+    SIMPLE_CROP_PADDING,
+    Rng,
+    crop_all,
+    pixels,
+    random_crop_box,
+    resize_short_side,
+    rotate,
+    simple_random_crop,
+    size_of,
+    uniform,
+)
+from vil_lightning.data.images import Picture
 from vil_lightning.errors import ConfigError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-_BICUBIC = InterpolationMode.BICUBIC
-_SOLARIZE_THRESHOLD = 128
 _THREE_AUGMENT_SIGMA = (0.1, 2.0)
-_SIMPLE_CROP_PADDING = 4
 _RAND_AUGMENT = re.compile(r"rand(-((m|n|mmax)\d+|(p|mstd)\d+(\.\d+)?|inc[01]|tweights|t3a|t3aw))*")
+_NUM_ORDERS = math.factorial(4)
 
 
-def _uniform(low: float, high: float) -> float:
-    return torch.empty(()).uniform_(low, high).item() if high > low else low
+class View(NamedTuple):
+    """A view as it leaves a worker."""
+
+    image: Tensor  # uint8 (3, S, S), cropped
+    parameters: Tensor  # float32 (9,): `photometry.PARAMETERS`
 
 
-def _happens(probability: float) -> bool:
-    return probability > 0 and torch.rand(()).item() < probability
+class Transform(Protocol):
+    """What a data set does to a picture. `generators(i)` is the random generator of the i-th view."""
+
+    def __call__(self, picture: Picture, generators: Callable[[int], Rng]) -> Any: ...
 
 
-class MultiCrop:
+class TrainingTransform:
+    """Random views for training: the type of `data.train_transform`, open to classes of your own.
+
+    `__call__(picture, generators)` gives a `View` or a list of them, drawn from `generators(0)`, `generators(1)`, ...; `stages`
+    says in which order the photometry acts (`photometry.STAGES` in any order).
+    """
+
+    stages: tuple[str, ...]
+
+    def __call__(self, picture: Picture, generators: Callable[[int], Rng]) -> View | list[View]:
+        raise NotImplementedError
+
+
+class MultiCrop(TrainingTransform):
     """Multi-crop augmentation of DINO: two large views and several small ones.
 
     Order and values follow the official recipe: random resized crop (bicubic), horizontal flip, colour jitter, grayscale,
@@ -109,33 +142,42 @@ class MultiCrop:
         self.blur_sigma = blur_sigma
         self.solarize_prob = solarize_prob
 
-    def __call__(self, image: Tensor) -> list[Tensor]:
+    stages = ("flip", "jitter", "grayscale", "blur", "solarize")  # the order of the photometry
+
+    def __call__(self, picture: Picture, generators: Callable[[int], Rng]) -> list[View]:
         """The two global views, then the local views."""
         blur1, blur2, blur_local = self.blur_probs
-        views = [
-            self._view(image, self.global_size, self.global_scale, blur1, 0.0),
-            self._view(image, self.global_size, self.global_scale, blur2, self.solarize_prob),
+        local = (self.local_size, self.local_scale, blur_local, 0.0)
+        plans = [
+            (self.global_size, self.global_scale, blur1, 0.0),
+            (self.global_size, self.global_scale, blur2, self.solarize_prob),
+            *[local] * self.num_local_views,
         ]
-        for _ in range(self.num_local_views):
-            views.append(self._view(image, self.local_size, self.local_scale, blur_local, 0.0))
-        return views
+        rngs = [generators(i) for i in range(len(plans))]
+        height, width = size_of(picture)
+        boxes = [
+            random_crop_box(rng, height, width, scale, self.ratio)
+            for rng, (_, scale, _, _) in zip(rngs, plans, strict=True)
+        ]
+        images = crop_all(picture, boxes, [size for size, *_ in plans])
+        return [
+            View(self._turned(image, rng), self._photometry(rng, blur, solarize))
+            for image, rng, (_, _, blur, solarize) in zip(images, rngs, plans, strict=True)
+        ]
 
-    def _view(self, image: Tensor, size: int, scale: Sequence[float], blur: float, solarize: float) -> Tensor:
-        image = _random_resized_crop(image, size, scale, self.ratio)
-        if self.rotation:  # after resizing, when there are more pixels to interpolate
-            image = _rotate(image, _uniform(-self.rotation, self.rotation))
-        if _happens(self.hflip_prob):
-            image = TF.horizontal_flip(image)
-        if _happens(self.color_jitter_prob):
-            image = _jitter(image, self.color_jitter)
-        if _happens(self.grayscale_prob):
-            image = TF.rgb_to_grayscale(image, num_output_channels=3)
-        if _happens(blur):
-            image = _blur(image, self.blur_sigma)
-        return TF.solarize(image, _SOLARIZE_THRESHOLD) if _happens(solarize) else image
+    def _turned(self, image: Tensor, rng: Rng) -> Tensor:
+        # After resizing, when there are more pixels to interpolate.
+        return rotate(image, uniform(rng, -self.rotation, self.rotation)) if self.rotation else image
+
+    def _photometry(self, rng: Rng, blur: float, solarize: float) -> Tensor:
+        flip = _happens(rng, self.hflip_prob)
+        jitter = _draw_jitter(rng, self.color_jitter, self.color_jitter_prob)
+        grayscale = _happens(rng, self.grayscale_prob)
+        sigma = uniform(rng, *self.blur_sigma) if _happens(rng, blur) else 0.0
+        return torch.tensor([flip, *jitter, grayscale, sigma, _happens(rng, solarize)], dtype=torch.float32)
 
 
-class TrainTransform:
+class TrainTransform(TrainingTransform):
     """One augmented view for supervised training, after the recipes of ViL and DeiT.
 
     In the order of the ViL paper: random resized crop (bicubic), horizontal flip, 3-Augment (exactly one of grayscale,
@@ -178,7 +220,7 @@ class TrainTransform:
     ) -> None:
         if crop not in ("random_resized", "simple"):
             raise ConfigError(f"data.train_transform.crop={crop!r} must be 'random_resized' or 'simple'.")
-        smallest = _SIMPLE_CROP_PADDING + 1 if crop == "simple" else 1  # reflection needs more pixels than it adds
+        smallest = SIMPLE_CROP_PADDING + 1 if crop == "simple" else 1  # reflection needs more pixels than it adds
         if img_size < smallest:
             raise ConfigError(
                 f"data.train_transform.img_size={img_size} must be at least {smallest} with crop={crop!r}."
@@ -208,23 +250,31 @@ class TrainTransform:
         self.rotation = rotation
         self._policy = None if rand_augment is None else _rand_augment_policy(rand_augment, img_size)
 
-    def __call__(self, image: Tensor) -> Tensor:
+    # Order of the photometry; 3-Augment is one of the three in the middle.
+    stages = ("flip", "grayscale", "solarize", "blur", "jitter")
+
+    def __call__(self, picture: Picture, generators: Callable[[int], Rng]) -> View:
+        rng = generators(0)
         if self.crop == "simple":
-            image = _simple_random_crop(image, self.img_size)
+            image = simple_random_crop(rng, picture, self.img_size)
         else:
-            image = _random_resized_crop(image, self.img_size, self.scale, self.ratio)
+            box = random_crop_box(rng, *size_of(picture), self.scale, self.ratio)
+            image = crop_all(picture, [box], [self.img_size])[0]
         if self.rotation:
-            image = _rotate(image, _uniform(-self.rotation, self.rotation))
-        if _happens(self.hflip_prob):
-            image = TF.horizontal_flip(image)
-        if self.three_augment:
-            image = _three_augment(image)
+            image = rotate(image, uniform(rng, -self.rotation, self.rotation))
+        flip = _happens(rng, self.hflip_prob)
+        kind = int(rng.integers(3)) if self.three_augment else -1
+        sigma = uniform(rng, *_THREE_AUGMENT_SIGMA) if kind == 2 else 0.0
         if self._policy is not None:
-            with _global_generators_seeded():
-                image = TF.pil_to_tensor(self._policy(TF.to_pil_image(image)))
-        if _happens(self.color_jitter_prob):
-            image = _jitter(image, self.color_jitter)
-        return image
+            # It acts on bytes of a picture that was flipped, so both happen here.
+            image, flip = self._rand_augmented(rng, TF.horizontal_flip(image) if flip else image), False
+        jitter = _draw_jitter(rng, self.color_jitter, self.color_jitter_prob)
+        return View(image, torch.tensor([flip, *jitter, kind == 0, sigma, kind == 1], dtype=torch.float32))
+
+    def _rand_augmented(self, rng: Rng, image: Tensor) -> Tensor:
+        assert self._policy is not None
+        with _global_generators_seeded(int(rng.integers(2**32))):
+            return TF.pil_to_tensor(self._policy(TF.to_pil_image(image)))
 
 
 class EvalTransform:
@@ -242,8 +292,8 @@ class EvalTransform:
         self.crop_pct = crop_pct
         self.short_side = math.floor(img_size / crop_pct)
 
-    def __call__(self, image: Tensor) -> Tensor:
-        image = TF.resize(image, [self.short_side], interpolation=_BICUBIC, antialias=True)
+    def __call__(self, picture: Picture, generators: Callable[[int], Rng] | None = None) -> Tensor:
+        image = resize_short_side(pixels(picture), self.short_side)
         return TF.center_crop(image, [self.img_size, self.img_size])
 
 
@@ -283,54 +333,22 @@ def _rand_augment_policy(name: str, img_size: int) -> Callable[[Image.Image], Im
 # --- operations -------------------------------------------------------------------------------------------------------
 
 
-def _random_resized_crop(image: Tensor, size: int, scale: Sequence[float], ratio: Sequence[float]) -> Tensor:
-    top, left, height, width = random_crop_box(image.shape[-2], image.shape[-1], scale, ratio)
-    return TF.resized_crop(image, top, left, height, width, [size, size], interpolation=_BICUBIC, antialias=True)
-
-
-def _simple_random_crop(image: Tensor, size: int) -> Tensor:
-    """Short side to `size`, a reflected border, and a square of this size from anywhere in it."""
-    image = TF.resize(image, [size], interpolation=_BICUBIC, antialias=True)
-    image = TF.pad(image, [_SIMPLE_CROP_PADDING], padding_mode="reflect")
-    top, left = (int(torch.randint(0, side - size + 1, ())) for side in image.shape[-2:])
-    return TF.crop(image, top, left, size, size)
-
-
-def _three_augment(image: Tensor) -> Tensor:
-    choice = int(torch.randint(3, ()))
-    if choice == 0:
-        return TF.rgb_to_grayscale(image, num_output_channels=3)
-    if choice == 1:
-        return TF.solarize(image, _SOLARIZE_THRESHOLD)
-    return _blur(image, _THREE_AUGMENT_SIGMA)
-
-
-def _blur(image: Tensor, sigmas: Sequence[float]) -> Tensor:
-    sigma = _uniform(sigmas[0], sigmas[1])
-    kernel = min(2 * round(3 * sigma) + 1, 2 * image.shape[-1] - 1)
-    return TF.gaussian_blur(image, [kernel, kernel], [sigma, sigma]) if kernel > 1 else image
-
-
-def _jitter(image: Tensor, strengths: Sequence[float]) -> Tensor:
-    """Change brightness, contrast, saturation and hue, in random order."""
+def _draw_jitter(rng: Rng, strengths: Sequence[float], probability: float) -> list[float]:
+    """Factors of brightness, contrast and saturation, shift of the hue, and the number of their order."""
     brightness, contrast, saturation, hue = strengths
-    adjust = (
-        (brightness, TF.adjust_brightness, 1.0),
-        (contrast, TF.adjust_contrast, 1.0),
-        (saturation, TF.adjust_saturation, 1.0),
-        (hue, TF.adjust_hue, 0.0),
-    )
-    for i in torch.randperm(4).tolist():
-        strength, function, neutral = adjust[i]
-        if strength > 0:
-            image = function(image, max(neutral + _uniform(-strength, strength), -0.5 if i == 3 else 0.0))
-    return image
+    if not _happens(rng, probability):
+        return [1.0, 1.0, 1.0, 0.0, 0]
+    factors = [uniform(rng, max(1 - strength, 0.0), 1 + strength) for strength in (brightness, contrast, saturation)]
+    return [*factors, uniform(rng, -hue, hue), int(rng.integers(_NUM_ORDERS))]
+
+
+def _happens(rng: Rng, probability: float) -> bool:
+    return probability > 0 and bool(rng.random() < probability)
 
 
 @contextmanager
-def _global_generators_seeded() -> Iterator[None]:
-    """Run Python's and numpy's generators, which RandAugment draws from, on a seed from torch's; restore them afterwards."""
-    seed = int(torch.randint(0, 2**32, ()))
+def _global_generators_seeded(seed: int) -> Iterator[None]:
+    """Seed Python's and numpy's global generators, which RandAugment draws from; restore them afterwards."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed)
@@ -339,31 +357,3 @@ def _global_generators_seeded() -> Iterator[None]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-
-
-def random_crop_box(
-    height: int, width: int, scale: Sequence[float], ratio: Sequence[float]
-) -> tuple[int, int, int, int]:
-    """Box (top, left, height, width) of a random area and aspect ratio (log-uniform); a centred square if ten draws fail."""
-    log_ratio = torch.log(torch.tensor(ratio)).tolist()
-    for _ in range(10):
-        area = height * width * _uniform(scale[0], scale[1])
-        aspect = float(torch.exp(torch.tensor(_uniform(log_ratio[0], log_ratio[1]))))
-        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
-        if 0 < w <= width and 0 < h <= height:
-            top = int(torch.randint(0, height - h + 1, ()))
-            left = int(torch.randint(0, width - w + 1, ()))
-            return top, left, h, w
-    side = min(height, width)
-    return (height - side) // 2, (width - side) // 2, side, side
-
-
-def _rotate(image: Tensor, angle: float) -> Tensor:
-    """Rotate about the centre, in degrees; what comes into view has the mean colour of the image's edge.
-
-    That colour is moved to zero first: `rotate(fill=…)` would blend the seam with black.
-    """
-    border = torch.cat([image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]], dim=1).float()
-    edge = border.mean(dim=1).view(-1, 1, 1)
-    rotated = TF.rotate(image.float() - edge, angle, interpolation=InterpolationMode.BILINEAR) + edge
-    return rotated.round().clamp(0, 255).to(image.dtype)

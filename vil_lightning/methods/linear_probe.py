@@ -113,6 +113,11 @@ class LinearProbe(L.LightningModule):
             )
         if self.trainer.world_size > 1:
             raise ConfigError("LinearProbe runs on one device: set trainer.devices=1.")
+        if not getattr(getattr(self.trainer, "datamodule", None), "labelled", True):
+            raise ConfigError(
+                "LinearProbe trains classifiers, but the images have no classes (data.labelled=false, or a split without "
+                "labels). Use data with labels."
+            )
 
     def on_fit_start(self) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -177,7 +182,9 @@ class LinearProbe(L.LightningModule):
                 for name, features in extract_features(self.backbone, images, names).items():
                     parts[name].append(features.float().cpu())
                 labels.append(batch_labels)
-        return {name: torch.cat(features) for name, features in parts.items()}, torch.cat(labels)
+        real = torch.ones(sum(map(len, labels)), dtype=torch.bool)
+        real[list(getattr(loader.dataset, "unreadable", ()))] = False  # others stand in their places
+        return {name: torch.cat(features)[real] for name, features in parts.items()}, torch.cat(labels)[real]
 
     # --- training -----------------------------------------------------------------------------------------------------
 

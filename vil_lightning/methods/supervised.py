@@ -274,6 +274,11 @@ class Supervised(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         data: Any = getattr(self.trainer, "datamodule", None)
+        if stage != "predict" and not getattr(data, "labelled", True):
+            raise ConfigError(
+                "Supervised trains and scores classifiers, but the images have no classes (data.labelled=false, or a split "
+                "without labels). Use data with labels, or a self-supervised method, such as DINO."
+            )
         if stage == "fit" and not getattr(data, "num_classes", 0):
             raise ConfigError("Supervised needs a data module with labelled images (data.class_path).")
         if stage == "fit" and hasattr(data.train_transform, "num_local_views"):
