@@ -303,13 +303,13 @@ class ResumableLoader(DataLoader[Any]):
         try:
             for batch in super().__iter__():
                 yield self._content(batch) if isinstance(batch, Batch) else batch
-        except RuntimeError as error:
-            if not str(error).startswith(
-                "DataLoader "
-            ):  # a death or a timeout; errors of the data set say "Caught ..."
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            # A death or a timeout; errors of the data set say "Caught ...". Tensors of a dead worker cannot be fetched any more.
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader "):
                 raise
+            reason = str(error).partition("\n")[0] or type(error).__name__
             raise ConfigError(
-                f"A data worker died or stopped answering ({str(error).splitlines()[0]}). It may have run out of memory (use "
+                f"A data worker died or stopped answering ({reason}). It may have run out of memory (use "
                 "fewer data.num_workers), out of shared memory, or the file system that holds the images may have gone "
                 f"(data.worker_timeout={self.timeout:g} s)."
             ) from error
@@ -320,7 +320,8 @@ class ResumableLoader(DataLoader[Any]):
         if batch.failed:
             names = "\n  ".join(f"{name}: {reason}" for name, reason, _ in batch.bad[-dataset.attempts :])
             raise ConfigError(
-                f"{dataset.attempts} images one after the other cannot be read. Is the file system that holds them still there?\n  {names}"
+                f"{dataset.attempts} images one after the other cannot be read. Is the file system that holds them still there?"
+                f"\n  {names}"
             )
         return batch.content
 
