@@ -304,7 +304,7 @@ class ResumableLoader(DataLoader[Any]):
             for batch in super().__iter__():
                 yield self._content(batch) if isinstance(batch, Batch) else batch
         except (RuntimeError, ConnectionError, EOFError) as error:
-            # A death or a timeout; errors of the data set say "Caught ...". Tensors of a dead worker cannot be fetched any more.
+            # A death or a timeout (errors of the data set say "Caught ..."). Tensors of a dead worker cannot be fetched.
             if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader "):
                 raise
             reason = str(error).partition("\n")[0] or type(error).__name__
