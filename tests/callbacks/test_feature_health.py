@@ -68,7 +68,7 @@ def test_feature_health__is_that_of_the_teachers_features(tmp_path: Path, max_im
     for name, expected in measured(features_of(backbone, images)).items():
         assert logged[name][1] == pytest.approx(expected, rel=1e-4), name
         assert float(trainer.callback_metrics[name]) == pytest.approx(expected, rel=1e-4), name
-        assert logged[name][1] != pytest.approx(logged[name][0], rel=1e-3), name
+        assert logged[name][1] != pytest.approx(logged[name][0], rel=2e-4), name  # twice what is tolerated above
 
     first, second, _ = batches.views[-1]
     assert len(batches.views) == 2

@@ -546,7 +546,7 @@ def test_reports__say_what_runs(tmp_path: Path) -> None:
     assert lines["learning rate"] == "0.00313 = 0.1 x 8 / 256, to 0"
     alternate = " --model.backbone.kwargs '{block_design: alternating}'"
     assert model.next_command("a.ckpt").endswith(f"configs/finetune.yaml --model.backbone.weights a.ckpt{alternate}")
-    model.trainer.datamodule.root, model.trainer.datamodule.img_size = "images", 16
+    model.trainer.datamodule.source_arguments = {"root": "images"}
     assert "linear_probe.yaml" in model.next_command("a.ckpt")
     assert "alternating" not in model.next_command("a.ckpt")  # frozen features are best as they were trained
     vit = method(name="vit_tiny_patch16_224")
