@@ -552,6 +552,7 @@ def test_reports__say_what_runs(tmp_path: Path) -> None:
     vit = method(name="vit_tiny_patch16_224")
     vit.trainer = trainer()
     vit.trainer.datamodule = pictures()
+    vit.trainer.datamodule.setup()
     assert vit.next_command("a.ckpt").endswith("a.ckpt")
 
 
