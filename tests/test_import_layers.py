@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "vil_lightning"
 FILES = sorted(PACKAGE.rglob("*.py"))
-OUTER = tuple(f"vil_lightning.{name}" for name in ("methods", "data", "callbacks", "cli"))
+OUTER = tuple(f"vil_lightning.{name}" for name in ("methods", "data", "callbacks", "evaluation", "cli"))
 BUILDING_BLOCKS = {"heads", "losses", "masking", "schedules", "optim", "knn", "errors", "representation"}
 
 
@@ -49,9 +49,12 @@ def permitted(path: Path, name: str) -> bool:
         case "__init__":
             return within(name, "vil_lightning.backbones", "vil_lightning.ops")
         case "data" | "callbacks":
-            return not within(name, "vil_lightning.methods", "vil_lightning.cli")
+            return not within(name, "vil_lightning.methods", "vil_lightning.evaluation", "vil_lightning.cli")
+        case "evaluation":
+            return not within(name, "vil_lightning.cli")
         case "methods":
-            return not within(name, "vil_lightning.data", "vil_lightning.callbacks", "vil_lightning.cli")
+            upward = ("data", "callbacks", "evaluation", "cli")
+            return not within(name, *(f"vil_lightning.{package}" for package in upward))
         case "cli" | "checkpoint_io" | "look":  # parts of the command line
             return True
         case _:  # the building blocks
@@ -74,6 +77,7 @@ def test_import_layers__every_module_belongs_to_a_layer() -> None:
         "cli",
         "checkpoint_io",
         "look",
+        "evaluation",
     } | BUILDING_BLOCKS
     assert {layer(path) for path in FILES} <= known
 

@@ -25,6 +25,7 @@ from vil_lightning.backbones.weights import WeightsError, read_file
 from vil_lightning.callbacks import LastCheckpoint, PredictionWriter, RunProgressBar, RunSummary, Throughput
 from vil_lightning.checkpoint_io import AtomicCheckpointIO
 from vil_lightning.errors import ConfigError
+from vil_lightning.evaluation.command import main as evaluation_command
 
 LOG_ROOT = Path("logs")
 CHECKPOINT_ROOT = Path("checkpoints")
@@ -267,6 +268,9 @@ def silence_known_messages() -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command line; what a user can repair ends with one message and exit code 2."""
     silence_known_messages()
+    words = sys.argv[1:] if args is None else args
+    if words and words[0] in ("evaluate", "compare"):  # no subcommands of Lightning's trainer
+        return evaluation_command(words[0], words[1:])
     try:
         build_cli(args)
     except (ValueError, MisconfigurationException) as error:
