@@ -107,9 +107,9 @@ def test_evaluate__every_kind_of_checkpoint(
         assert score["num_images"] == run.results["data"]["num_val"] > 100
         assert score["name"] in run.out
     assert scores["kNN, k=5"]["value"] > 40  # of four digits; chance is 25
-    pooling = {"dino": "bilateral_concat", "published": "bilateral_concat"}.get(kind)
-    assert scores["kNN, k=5"]["protocol"].startswith("knn/dino/k=5/")
-    assert pooling is None or scores["kNN, k=5"]["protocol"].endswith(pooling)
+    pooling = {"dino": "bilateral_concat", "published": "bilateral_concat", "vit": "avg"}.get(kind)
+    assert {score["protocol"].split("/")[-1] for score in scores.values()} == {"own-readout"}
+    assert pooling is None or {score["readout"] for score in scores.values()} == {pooling}
     assert len(run.results["backbone"]["hash"]) == 64
     assert run.results["data"]["num_classes"] == 4
     card = (tmp_path / "evaluations/it/model_card.md").read_text()
@@ -228,7 +228,10 @@ def test_tasks__are_open_to_others(tmp_path: Path, suite: list[str]) -> None:
     subject = Subject(BackboneConfig("vil2_tiny_patch16_224", None, SMALL), data, progress=False)
     (score,) = LinearProbe("dino", ["auto"]).run(subject)
     assert score.protocol.startswith("probe/dino/cached")
-    assert score.protocol.endswith("/bilateral_concat")
+    assert score.protocol.endswith("/own-readout")
+    assert score.readout == "bilateral_concat"
+    (score,) = LinearProbe("dino", ["max"]).run(subject)
+    assert score.protocol.endswith("/max")
     (score,) = LogisticRegression(Cs=[0.1]).run(subject)
     few = FewLabels([0.5], [3], num_draws=2).run(subject)
     assert [one.name for one in few] == ["logistic, 50 % of the labels", "logistic, 3 per class"]

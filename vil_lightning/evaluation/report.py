@@ -82,10 +82,11 @@ def print_table(results: dict[str, Any]) -> None:
     table = Table(title=f"{results['name']} on {results['data']['name']}", title_justify="left")
     table.add_column("score")
     table.add_column("% (95 % interval)", justify="right")
+    table.add_column("read-out")
     table.add_column("protocol")
     for score in results["scores"]:
-        table.add_row(score["name"], cell(score), score["protocol"])
-    Console(width=max(100, Console().width)).print(table)
+        table.add_row(score["name"], cell(score), score["readout"], score["protocol"])
+    Console(width=max(120, Console().width)).print(table)
 
 
 def as_dicts(scores: Sequence[Score]) -> list[dict[str, Any]]:
@@ -108,8 +109,8 @@ def model_card(results: dict[str, Any], pictures: dict[str, str]) -> str:
         f"On {data['name']} (`{data['options'] or 'built in'}`): {data['num_train']:,} training and {data['num_val']:,} val "
         f"images, {data['num_classes']} classes; {data['transform']}; {results['precision']} precision."
     )
-    lines += ["", "| score | % (95 % bootstrap interval) | protocol |", "|---|---:|---|"]
-    lines += [f"| {s['name']} | {cell(s)} | {s['protocol']} |" for s in results["scores"]]
+    lines += ["", "| score | % (95 % bootstrap interval) | read-out | protocol |", "|---|---:|---|---|"]
+    lines += [f"| {s['name']} | {cell(s)} | {s['readout']} | {s['protocol']} |" for s in results["scores"]]
     for file, caption in pictures.items():
         lines += ["", f"![{caption}]({file})", "", caption]
     lines += ["", "## How it was measured", "", f"- command: `{results['command']}`"]

@@ -18,6 +18,7 @@ class Score:
         high: Upper end.
         protocol: How it was measured, such as `knn/dino/k=20`.
         num_images: Images that were scored.
+        readout: Of the features, where the protocol leaves it to the network.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Score:
     high: float
     protocol: str
     num_images: int
+    readout: str = ""
 
 
 def accuracy_score(name: str, correct: Tensor, protocol: str) -> Score:

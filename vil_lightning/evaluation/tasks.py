@@ -66,14 +66,14 @@ class KNN(Task):
         scores = self._at(subject, self.ks)
         for size in self.sizes:
             for score in self._at(subject.at_size(size), self.ks[:1]):
-                scores.append(renamed(score, f"{score.name}, {size} px", f"{score.protocol}/{size}px"))
+                scores.append(renamed(score, f"{score.name}, {size} px", f"{score.protocol}/{size}px", score.readout))
         return scores
 
     def _at(self, subject: Subject, ks: list[int]) -> list[Score]:
         readout = subject.readout(self.readout)
         train, val = (features[readout] for features in pair(subject, [readout]))
         scores = knn_scores(train.features, train.labels, val.features, val.labels, ks, self.temperature)
-        return [renamed(score, score.name, f"{score.protocol}/{readout}") for score in scores]
+        return [renamed(score, score.name, f"{score.protocol}/{named(self.readout)}", readout) for score in scores]
 
 
 def check_readouts(task: str, *readouts: str) -> None:
@@ -82,8 +82,13 @@ def check_readouts(task: str, *readouts: str) -> None:
             raise ConfigError(f"{task}: readout {readout!r} is not known. Allowed: auto, {', '.join(READOUT_NAMES)}.")
 
 
-def renamed(score: Score, name: str, protocol: str) -> Score:
-    return Score(name, score.value, score.low, score.high, protocol, score.num_images)
+def named(readout: str) -> str:
+    """A read-out in the name of a protocol: networks are compared by their own ones, too."""
+    return "own-readout" if readout == "auto" else readout
+
+
+def renamed(score: Score, name: str, protocol: str, readout: str) -> Score:
+    return Score(name, score.value, score.low, score.high, protocol, score.num_images, readout)
 
 
 class LogisticRegression(Task):
@@ -113,7 +118,8 @@ class LogisticRegression(Task):
             held_out=self.held_out,
             seed=subject.seed,
         )
-        return [renamed(result.score, "logistic regression", f"{result.score.protocol}/{readout}")]
+        protocol = f"{result.score.protocol}/{named(self.readout)}"
+        return [renamed(result.score, "logistic regression", protocol, readout)]
 
 
 class LinearProbe(Task):
@@ -156,8 +162,8 @@ class LinearProbe(Task):
             held_out=self.held_out,
             seed=subject.seed,
         )
-        score = result.score
-        return [renamed(score, score.name, f"{score.protocol}/{'+'.join(readouts)}")]
+        tried = "+".join(named(name) for name in self.readouts)
+        return [renamed(result.score, result.score.name, f"{result.score.protocol}/{tried}", result.winner.readout)]
 
 
 class FewLabels(Task):
@@ -211,8 +217,10 @@ class FewLabels(Task):
             share = torch.stack(hits).mean(0)  # of the draws in which an image was right, (M,)
             low, high = mean_interval(share)
             kind = f"{100 * fraction:g}%" if fraction is not None else f"{count}-per-class"
-            protocol = f"few-labels/{kind}/logistic/C={self.C:g}/draws={self.num_draws}/{readout}"
-            scores.append(Score(f"logistic, {what}", 100 * float(share.mean()), low, high, protocol, len(share)))
+            protocol = f"few-labels/{kind}/logistic/C={self.C:g}/draws={self.num_draws}/{named(self.readout)}"
+            scores.append(
+                Score(f"logistic, {what}", 100 * float(share.mean()), low, high, protocol, len(share), readout)
+            )
         return scores
 
     def _settings(self) -> list[tuple[float | None, int | None]]:
