@@ -11,7 +11,18 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "vil_lightning"
 FILES = sorted(PACKAGE.rglob("*.py"))
 OUTER = tuple(f"vil_lightning.{name}" for name in ("methods", "data", "callbacks", "evaluation", "cli"))
-BUILDING_BLOCKS = {"heads", "losses", "masking", "schedules", "optim", "knn", "errors", "representation"}
+BUILDING_BLOCKS = {
+    "heads",
+    "losses",
+    "masking",
+    "schedules",
+    "optim",
+    "knn",
+    "errors",
+    "representation",
+    "dense",
+    "upernet",
+}
 
 
 def imports(path: Path) -> set[str]:

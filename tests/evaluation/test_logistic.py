@@ -108,6 +108,14 @@ def test_logistic_regression__choice_ignores_val() -> None:
     assert first.score.value != second.score.value
 
 
+def test_logistic_regression__lower_cross_entropy_decides_between_equal_accuracies() -> None:
+    labels = torch.arange(60) % 3
+    x = torch.eye(3)[labels] + 0.01 * torch.randn(60, 3)
+    result = logistic_regression(x, labels, x, labels, Cs=(0.01, 0.1, 1.0))
+    assert set(result.held_out.values()) == {100.0}
+    assert result.C == 1.0
+
+
 def test_logistic_regression__bfloat16_features() -> None:
     (x, labels), (val, val_labels) = data(100), data(50, seed=5)
     halves = logistic_regression(x.bfloat16(), labels, val.bfloat16(), val_labels, Cs=(0.1,))

@@ -100,7 +100,7 @@ def test_probe__each_head_as_if_trained_alone(name: str) -> None:
 @pytest.mark.parametrize("name", ["sweep", "mae", "dino"])
 def test_heads__weights_against_plain_pytorch(name: str) -> None:
     protocol = SHORT[name]
-    (train, labels), _ = data(64), None
+    train, labels = data(64)
     x = train["avg"]
     heads = Heads(
         6,
@@ -200,6 +200,15 @@ def test_probe__a_head_that_diverges_neither_wins_nor_harms() -> None:
     result = probe(wild, train, labels, val, val_labels)
     assert result.winner.base_lr == 0.8
     assert result.winner.val > 60
+
+
+def test_heads__cross_entropy_of_one_that_diverged_is_infinite() -> None:
+    train, labels = data(20)
+    heads = Heads(6, 3, lrs=[1.0, 1.0], weight_decays=[0.0, 0.0])
+    heads.weight.detach()[0] = float("nan")
+    _, losses, _ = heads.evaluate(train["avg"], labels, None)
+    assert losses[0] == math.inf
+    assert losses[1] == pytest.approx(math.log(3), abs=0.1)
 
 
 def test_probe__progress() -> None:

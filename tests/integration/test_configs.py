@@ -10,18 +10,20 @@ import pytest
 import timm
 import torch
 import yaml
-from shrunk import CONFIGS, Command
+from shrunk import CONFIGS, Command, invoke
 from torchvision.io import write_png
 
 from vil_lightning.callbacks import OnlineKNN, RunProgressBar, RunSummary, Throughput, ViewPictures
 from vil_lightning.callbacks.published_curve import read_curves
 from vil_lightning.cli import VilCLI, build_cli
 from vil_lightning.data import Digits, TrainTransform
+from vil_lightning.evaluation.command import evaluate_parser
 from vil_lightning.methods import DINO, LinearProbe, Supervised
 from vil_lightning.methods.backbone import BackboneConfig
 
 OVERLAYS = sorted((CONFIGS / "overlays").glob("*.yaml"))
-RECIPES = sorted(set(CONFIGS.rglob("*.yaml")) - set(OVERLAYS))
+EVALUATION = CONFIGS / "evaluate.yaml"  # of another command
+RECIPES = sorted(set(CONFIGS.rglob("*.yaml")) - set(OVERLAYS) - {EVALUATION})
 SUPERVISED = [
     path for path in RECIPES if "methods.Supervised" in (t := path.read_text()) and "data.TrainTransform" in t
 ]
@@ -572,3 +574,24 @@ def test_overlay__adds_all_instruments_to_a_recipe() -> None:
             assert getattr(kinds[name], key) == value
     assert {"OnlineKNN", "ViewPictures", *(entry["class_path"].rsplit(".", 1)[1] for entry in wanted)} <= kinds.keys()
     assert cli.run_name == "pretrain_dino"
+
+
+# --- the recipe of `main.py evaluate` ---------------------------------------------------------------------------------
+
+
+def test_evaluation__is_read_completely_and_says_how_it_is_run() -> None:
+    config = evaluate_parser().parse_args(["--config", str(EVALUATION)])
+    content = yaml.safe_load(EVALUATION.read_text())
+    assert [task.class_path.rsplit(".", 1)[-1] for task in config.tasks] == [
+        task["class_path"].rsplit(".", 1)[-1] for task in content["tasks"]
+    ]
+    assert "python main.py evaluate --config configs/evaluate.yaml" in EVALUATION.read_text()
+
+
+def test_evaluation__unknown_key_is_rejected_by_name(tmp_path: Path) -> None:
+    content = yaml.safe_load(EVALUATION.read_text())
+    content["tasks"][0]["init_args"]["kz"] = [1]
+    (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(content))
+    result = invoke(["evaluate", "--config", str(tmp_path / "evaluate.yaml")], tmp_path)
+    assert result.code == 2
+    assert "kz" in result.err

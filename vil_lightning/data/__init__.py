@@ -6,6 +6,8 @@ from vil_lightning.data.digits import Digits
 from vil_lightning.data.huggingface import HuggingFaceData
 from vil_lightning.data.image_folder import ImageFolder
 from vil_lightning.data.imagenet import ImageNet
+from vil_lightning.data.masks import SegmentationTransform
+from vil_lightning.data.segmentation import SegmentationFolder, ShapesSegmentation
 from vil_lightning.data.streaming import StreamingData
 from vil_lightning.data.torchvision_data import TorchvisionData
 from vil_lightning.data.transforms import MultiCrop, TrainTransform
@@ -19,6 +21,9 @@ __all__ = [
     "ImageFolder",
     "ImageNet",
     "MultiCrop",
+    "SegmentationFolder",
+    "SegmentationTransform",
+    "ShapesSegmentation",
     "StreamingData",
     "TorchvisionData",
     "TrainTransform",

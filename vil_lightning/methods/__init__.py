@@ -9,6 +9,7 @@ from vil_lightning.methods.ibot import IBOT
 from vil_lightning.methods.lejepa import LeJEPA
 from vil_lightning.methods.linear_probe import LinearProbe
 from vil_lightning.methods.mae import MAE
+from vil_lightning.methods.segmentation import Segmentation
 from vil_lightning.methods.simmim import SimMIM
 from vil_lightning.methods.supervised import Supervised
 
@@ -22,6 +23,7 @@ __all__ = [
     "Distillation",
     "LeJEPA",
     "LinearProbe",
+    "Segmentation",
     "SimMIM",
     "Supervised",
 ]

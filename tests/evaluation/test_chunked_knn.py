@@ -89,6 +89,20 @@ def test_knn__neighbours_do_not_depend_on_chunks(query_chunk: int, bank_chunk: i
     assert torch.equal(places, expected)
 
 
+def test_products__same_bits_in_any_company() -> None:
+    # A product of one row and one of many round differently, unless both are computed in tiles of one shape.
+    x, y = torch.randn(300, 384), torch.randn(2100, 384)
+
+    def products(x: Tensor, y: Tensor) -> Tensor:
+        padded = module._unit(x, 256, torch.device("cpu")), module._unit(y, 1024, torch.device("cpu"))
+        return module._products(*padded)[: len(x), : len(y)]
+
+    whole = products(x, y)
+    assert torch.equal(products(x[:1], y), whole[:1])
+    assert torch.equal(products(x, y[:17]), whole[:, :17])
+    assert torch.equal(products(x[256:], y[1024:]), whole[256:, 1024:])
+
+
 def test_knn__tied_votes_go_to_the_lower_class() -> None:
     bank, labels = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), torch.tensor([4, 2, 0])
     query = torch.tensor([[3.0, 0.0]])
