@@ -1,8 +1,12 @@
 """Augmented views have the distribution of the published pipelines, which work on one PIL picture after another.
 
-Both make thousands of views of the same picture; means of many statistics have to agree within their standard errors.
+Both make thousands of views of the same picture; means of many statistics have to agree within their standard errors. There
+is one thing more: Pillow's blending of brightness, contrast and saturation cuts the fraction off, half a level of 255 on
+average each time, and the photometry here does not. So the reference is run twice: with the colour operations on floats, where
+nothing but sampling errors and unbiased rounding may be left, and on PIL pictures, where that half level may be, too.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +18,7 @@ from measured import draw
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 from torchvision import transforms as T
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from vil_lightning.data import MultiCrop, TrainTransform
 from vil_lightning.data.photometry import apply, plan
@@ -42,13 +46,24 @@ class Blur:
         return image.filter(ImageFilter.GaussianBlur(float(torch.empty(()).uniform_(0.1, 2.0))))
 
 
-def dino_view(blur: float, solarize: float, scale: tuple[float, float]) -> T.Compose:
+def on_floats(transform: Callable[[Tensor], Tensor]) -> T.Lambda:
+    """Torchvision's operation on floats in place of that on a PIL picture, rounded to the nearest level once."""
+
+    def changed(image: Image.Image) -> Image.Image:
+        levels = 255 * transform(pil_to_tensor(image).float() / 255)
+        return to_pil_image(levels.round().to(torch.uint8))
+
+    return T.Lambda(changed)
+
+
+def dino_view(blur: float, solarize: float, scale: tuple[float, float], floats: bool = False) -> T.Compose:
     """The operations of DINO, on PIL pictures."""
+    jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
     return T.Compose(
         [
             T.RandomResizedCrop(SIZE, scale=scale, interpolation=BICUBIC),
             T.RandomHorizontalFlip(),
-            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+            on_floats(jitter) if floats else jitter,
             T.RandomGrayscale(0.2),
             Blur(blur),
             T.RandomApply([T.Lambda(ImageOps.solarize)], p=solarize),
@@ -56,14 +71,15 @@ def dino_view(blur: float, solarize: float, scale: tuple[float, float]) -> T.Com
     )
 
 
-def three_augment() -> T.Compose:
+def three_augment(floats: bool = False) -> T.Compose:
     """The operations of ViL and DeiT III, on PIL pictures."""
+    jitter = T.ColorJitter(0.3, 0.3, 0.3)
     return T.Compose(
         [
             T.RandomResizedCrop(SIZE, scale=(0.08, 1.0), interpolation=BICUBIC),
             T.RandomHorizontalFlip(),
             T.RandomChoice([T.Grayscale(3), T.Lambda(ImageOps.solarize), Blur(1.0)]),
-            T.ColorJitter(0.3, 0.3, 0.3),
+            on_floats(jitter) if floats else jitter,
         ]
     )
 
@@ -98,62 +114,76 @@ def ours(transform: TrainingTransform, view: int, count: int) -> Tensor:
     return 255 * apply(torch.stack([one.image for one in made]), plan(parameters), transform.stages)
 
 
-@functools.cache
 def theirs(transform: Callable[[Image.Image], Image.Image], count: int) -> Tensor:
     torch.manual_seed(1)
     image = picture()
     return torch.stack([pil_to_tensor(transform(image)) for _ in range(count)]).float()
 
 
+@dataclasses.dataclass
+class Case:
+    transform: TrainingTransform
+    view: int
+    reference: Callable[..., T.Compose]  # of `floats`
+    num_blends: float  # of brightness, contrast and saturation, on average
+
+
 CASES = {
-    "global 1": (MultiCrop(SIZE, SIZE, 0), 0, dino_view(1.0, 0.0, (0.4, 1.0))),
-    "global 2": (MultiCrop(SIZE, SIZE, 0), 1, dino_view(0.1, 0.2, (0.4, 1.0))),
-    "local": (MultiCrop(SIZE, SIZE, 1), 2, dino_view(0.5, 0.0, (0.05, 0.4))),
-    "3-Augment": (TrainTransform(SIZE), 0, three_augment()),
+    "global 1": Case(MultiCrop(SIZE, SIZE, 0), 0, functools.partial(dino_view, 1.0, 0.0, (0.4, 1.0)), 2.4),
+    "global 2": Case(MultiCrop(SIZE, SIZE, 0), 1, functools.partial(dino_view, 0.1, 0.2, (0.4, 1.0)), 2.4),
+    "local": Case(MultiCrop(SIZE, SIZE, 1), 2, functools.partial(dino_view, 0.5, 0.0, (0.05, 0.4)), 2.4),
+    "3-Augment": Case(TrainTransform(SIZE), 0, three_augment, 3.0),
 }
 
 
-def assert_same(case: str, count: int) -> None:
-    transform, view, reference = CASES[case]
-    mine, other = statistics_of(ours(transform, view, count)), statistics_of(theirs(reference, count))
-    for name, a in mine.items():
-        b = other[name]
+@functools.cache
+def reference_statistics(name: str, floats: bool, count: int) -> dict[str, Tensor]:
+    return statistics_of(theirs(CASES[name].reference(floats=floats), count))
+
+
+def assert_same(name: str, floats: bool, count: int, transform: TrainingTransform | None = None) -> None:
+    case = CASES[name]
+    mine = statistics_of(ours(transform or case.transform, case.view, count))
+    other = reference_statistics(name, floats, count)
+    cut = 0.0 if floats else 0.6 * case.num_blends  # levels by which a PIL picture is darker
+    for statistic, a in mine.items():
+        b = other[statistic]
         error = float((a.var() / count + b.var() / count).sqrt())
-        # PIL rounds to whole numbers after every operation (what falls below .5 in the hue's case is cut off).
-        rounding = (
-            0.004 if name.startswith("histogram") else 0.01 * float(b.mean().abs()) if "variance" in name else 0.5
-        )
+        slack = 0.15 + cut
+        if statistic.startswith("histogram"):
+            slack = 0.004 + 0.012 * cut  # the share of pixels that cross a bin's border
+        elif statistic.startswith("variance"):
+            slack = (0.01 + 0.01 * cut) * float(b.mean())
+        elif statistic == "without colour":
+            slack = 0.005
         difference = abs(float(a.mean() - b.mean()))
-        assert difference <= 4 * error + rounding, (
-            f"{case}, {name}: {a.mean():.4f} against {b.mean():.4f} ± {error:.4f}"
+        assert difference <= 4 * error + slack, (
+            f"{name}, {statistic}: {a.mean():.4f} against {b.mean():.4f} ± {error:.4f}"
         )
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_distribution__of_1000_views(case: str) -> None:
-    assert_same(case, 1000)
+@pytest.mark.parametrize("floats", [True, False], ids=["floats", "pil"])
+@pytest.mark.parametrize("name", CASES)
+def test_distribution__of_1000_views(name: str, floats: bool) -> None:
+    assert_same(name, floats, 1000)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("case", CASES)
-def test_distribution__of_20000_views(case: str) -> None:
-    assert_same(case, 20_000)
+@pytest.mark.parametrize("floats", [True, False], ids=["floats", "pil"])
+@pytest.mark.parametrize("name", CASES)
+def test_distribution__of_20000_views(name: str, floats: bool) -> None:
+    assert_same(name, floats, 20_000)
 
 
 def test_distribution__the_test_sees_a_wrong_probability() -> None:
-    """Of the blur (inverted, as happened in DINOv2), the flip, the grey and the strength of the jitter."""
-    wrong = {
-        "global 1": (MultiCrop(SIZE, SIZE, 0, blur_probs=(0.0, 0.9, 0.5)), *CASES["global 1"][1:]),
-        "local": (MultiCrop(SIZE, SIZE, 1, grayscale_prob=0.1), *CASES["local"][1:]),
-        "3-Augment": (TrainTransform(SIZE, three_augment=False), *CASES["3-Augment"][1:]),
-        "global 2": (MultiCrop(SIZE, SIZE, 0, color_jitter=(0.8, 0.4, 0.2, 0.1)), *CASES["global 2"][1:]),
+    """Of the blur (inverted, as happened in DINOv2), the grey, the operations of 3-Augment, and the strength of the jitter."""
+    wrong: dict[str, TrainingTransform] = {
+        "global 1": MultiCrop(SIZE, SIZE, 0, blur_probs=(0.0, 0.9, 0.5)),
+        "local": MultiCrop(SIZE, SIZE, 1, grayscale_prob=0.1),
+        "3-Augment": TrainTransform(SIZE, three_augment=False),
+        "global 2": MultiCrop(SIZE, SIZE, 0, color_jitter=(0.8, 0.4, 0.2, 0.1)),
     }
-    right = dict(CASES)
-    try:
-        for case, changed in wrong.items():
-            CASES[case] = changed
-            with pytest.raises(AssertionError, match=case):
-                assert_same(case, 1000)
-    finally:
-        CASES.update(right)
+    for name, transform in wrong.items():
+        with pytest.raises(AssertionError, match=name):
+            assert_same(name, True, 1000, transform)
