@@ -51,6 +51,13 @@ class Subject:
             torch.manual_seed(self.data.seed)
             return build_backbone(self.backbone).eval().requires_grad_(False)
 
+    @property
+    def place(self) -> str:
+        """The device of everything that is computed from features."""
+        if self.device != "auto":
+            return self.device
+        return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+
     def readout(self, name: str) -> str:
         """The read-out to take; `auto` is the network's own."""
         return self.pooling if name == "auto" else name

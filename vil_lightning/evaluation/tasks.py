@@ -72,7 +72,9 @@ class KNN(Task):
     def _at(self, subject: Subject, ks: list[int]) -> list[Score]:
         readout = subject.readout(self.readout)
         train, val = (features[readout] for features in pair(subject, [readout]))
-        scores = knn_scores(train.features, train.labels, val.features, val.labels, ks, self.temperature)
+        scores = knn_scores(
+            train.features, train.labels, val.features, val.labels, ks, self.temperature, device=subject.place
+        )
         return [renamed(score, score.name, f"{score.protocol}/{named(self.readout)}", readout) for score in scores]
 
 
@@ -117,6 +119,7 @@ class LogisticRegression(Task):
             Cs=self.Cs,
             held_out=self.held_out,
             seed=subject.seed,
+            device=subject.place,
         )
         protocol = f"{result.score.protocol}/{named(self.readout)}"
         return [renamed(result.score, "logistic regression", protocol, readout)]
@@ -161,6 +164,7 @@ class LinearProbe(Task):
             val[first].labels,
             held_out=self.held_out,
             seed=subject.seed,
+            device=subject.place,
         )
         tried = "+".join(named(name) for name in self.readouts)
         return [renamed(result.score, result.score.name, f"{result.score.protocol}/{tried}", result.winner.readout)]
@@ -210,7 +214,13 @@ class FewLabels(Task):
             for draw in range(self.num_draws):
                 rows = few_labels(train.labels, fraction=fraction, per_class=count, seed=subject.seed + draw)
                 result = logistic_regression(
-                    train.features[rows], train.labels[rows], val.features, val.labels, Cs=[self.C], seed=subject.seed
+                    train.features[rows],
+                    train.labels[rows],
+                    val.features,
+                    val.labels,
+                    Cs=[self.C],
+                    seed=subject.seed,
+                    device=subject.place,
                 )
                 hits.append(result.classifier.evaluate(val.features, val.labels)[0].double())
             what = f"{100 * fraction:g} % of the labels" if fraction is not None else f"{count} per class"
