@@ -61,7 +61,7 @@ def test_run__completes_and_names_every_broken_file(
     named = re.findall(r"unreadable image (\d+), skipped: (\S+\.png): ", "\n".join(caplog.messages))
     assert sorted(int(number) for number, _ in named) == list(range(1, NUM_BROKEN + 1))
     assert {name for _, name in named} == {str(path) for path in root.rglob("broken*")}
-    assert "40 unreadable images were skipped" in result.out
+    assert "Unreadable images skipped by this process: 40" in result.out
 
 
 def test_run__stops_with_the_list_above_the_limit(command: Command, root: Path) -> None:

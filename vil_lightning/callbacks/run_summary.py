@@ -74,7 +74,7 @@ class RunSummary(L.Callback):
         self.console.print(f"Finished at step {trainer.global_step}. {shown}")
         bad = getattr(trainer.datamodule, "known_bad", {})  # type: ignore[attr-defined]
         if bad:
-            self.console.print(f"{len(bad)} unreadable images were skipped by this process, such as {next(iter(bad))}")
+            self.console.print(f"Unreadable images skipped by this process: {len(bad)}, such as {next(iter(bad))}")
         directory = self._checkpoint_dir(trainer)
         last = Path(directory) / "last.ckpt" if directory else None
         next_command = getattr(pl_module, "next_command", None)
