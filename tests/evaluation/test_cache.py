@@ -23,7 +23,8 @@ from vil_lightning.data.streaming import ShardSource
 from vil_lightning.errors import ConfigError
 from vil_lightning.evaluation import features
 from vil_lightning.evaluation.cache import UNFINISHED, FeatureCache, content_key, fingerprint
-from vil_lightning.evaluation.features import FeatureSet, extract, read_out
+from vil_lightning.evaluation.features import FeatureSet, extract
+from vil_lightning.evaluation.readouts import read_out
 from vil_lightning.methods.backbone import BackboneConfig
 
 SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 4}

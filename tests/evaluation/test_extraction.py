@@ -18,8 +18,10 @@ from vil_lightning.data import Digits
 from vil_lightning.data.images import BadImageError
 from vil_lightning.data.loading import ImageSource, SubsetSource, TensorSource
 from vil_lightning.errors import ConfigError
-from vil_lightning.evaluation import features
-from vil_lightning.evaluation.features import READOUT_NAMES, FeatureSet, extract, read_out, write_embeddings
+from vil_lightning.evaluation import embeddings, features
+from vil_lightning.evaluation.embeddings import write_embeddings
+from vil_lightning.evaluation.features import FeatureSet, extract
+from vil_lightning.evaluation.readouts import READOUT_NAMES, read_out
 from vil_lightning.methods.backbone import BackboneConfig
 
 sys.path.append(str(Path(__file__).parents[1] / "methods"))
@@ -346,7 +348,7 @@ def test_extract__two_processes_give_what_one_gives(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])
 def test_write_embeddings__ids_labels_and_vectors(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "_ROWS", 7)  # several parts
+    monkeypatch.setattr(embeddings, "_ROWS", 7)  # several parts
     feature_set = get(digits((0, 4), max_bad_fraction=0.2), tmp_path / "cache", precision="bf16")["avg"]
     names = [f"pictures/{i}ü.png" for i in range(20)]
     path = tmp_path / "new" / f"embeddings{suffix}"

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from vil_lightning.data import TrainTransform
 from vil_lightning.errors import ConfigError
 from vil_lightning.methods import BackboneConfig, LinearProbe, Supervised
+from vil_lightning.methods.backbone import weights_hash
 from vil_lightning.methods.distillation import Distillation, align, encode, feature_loss, whiten
-from vil_lightning.methods.linear_probe import weights_hash
 from vil_lightning.methods.randomness import seed_step
 
 VIT_NAME = "vit_tiny_patch16_224"

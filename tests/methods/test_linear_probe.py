@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from vil_lightning.errors import ConfigError
 from vil_lightning.knn import knn_accuracy
 from vil_lightning.methods import BackboneConfig, LinearProbe
-from vil_lightning.methods.linear_probe import READOUTS, extract_features, split_for_selection, weights_hash
+from vil_lightning.methods.backbone import weights_hash
+from vil_lightning.methods.linear_probe import READOUTS, extract_features, split_for_selection
 
 
 class MoreDigits(FewDigits):

@@ -17,7 +17,7 @@ from vil_lightning.data.segmentation import ShapesSegmentation
 from vil_lightning.dense import IGNORED
 from vil_lightning.errors import ConfigError
 from vil_lightning.methods import BackboneConfig
-from vil_lightning.methods.linear_probe import weights_hash
+from vil_lightning.methods.backbone import weights_hash
 from vil_lightning.methods.segmentation import Segmentation, pixel_loss
 
 TINY = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 2}

@@ -25,8 +25,7 @@ from vil_lightning.evaluation.cache import fingerprint
 from vil_lightning.evaluation.pictures import patch_picture
 from vil_lightning.evaluation.subject import Subject
 from vil_lightning.evaluation.tasks import Task
-from vil_lightning.methods.backbone import BackboneConfig, check_input_size
-from vil_lightning.methods.linear_probe import weights_hash
+from vil_lightning.methods.backbone import BackboneConfig, check_input_size, weights_hash
 
 EVALUATION_ROOT = Path("evaluations")
 

@@ -8,17 +8,15 @@ the last bit.
 import contextlib
 import os
 import platform
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import numpy as np
 import timm
 import torch
 from rich.progress import track
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from vil_lightning.data.datamodule import ImageDataModule
 from vil_lightning.data.loading import ImageSource, ResumableLoader, TransformedDataset, collate
@@ -33,32 +31,18 @@ from vil_lightning.evaluation.cache import (
     log,
     numbers_hash,
 )
+from vil_lightning.evaluation.processes import gather, on_first, portable, processes
+from vil_lightning.evaluation.readouts import READOUT_NAMES, read_out
 from vil_lightning.methods.backbone import (
     BackboneConfig,
     build_backbone,
     check_input_size,
-    patch_tokens,
     resolve_backbone,
+    weights_hash,
 )
-from vil_lightning.methods.linear_probe import weights_hash
 
 VERSION = 1  # of the read-outs: raise it when one of them changes, so that old features are not used
 Precision = Literal["32", "bf16"]
-T = TypeVar("T")
-_ROWS = 4096  # of embeddings, written at a time
-
-# Of normalised patch tokens (B, S, D), without class tokens: (B, D), or (B, 2D) for `bilateral_concat`.
-READOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "bilateral_concat": lambda x: torch.cat([x[:, 0], x[:, -1]], dim=-1),
-    "bilateral_avg": lambda x: (x[:, 0] + x[:, -1]) / 2,
-    "avg": lambda x: x.mean(dim=1),
-    "first": lambda x: x[:, 0],
-    "last": lambda x: x[:, -1],
-    "max": lambda x: x.amax(dim=1),
-}
-LAST4 = "/last4"
-READOUT_NAMES = (*READOUTS, *(f"{name}{LAST4}" for name in READOUTS))
-_OF_MAPS = ("avg", "max")  # the others read the ends of a sequence, and a feature map is none
 
 
 @dataclass
@@ -113,7 +97,7 @@ def extract(
     """
     readouts = list(dict.fromkeys(readouts))
     _check_arguments(split, readouts, precision)
-    rank, world_size = _processes()
+    rank, world_size = processes()
     if world_size > 1 and cache_dir is None:
         raise ConfigError(f"cache_dir is not set, but {world_size} processes share features through it. Set cache_dir.")
     source = data.train_source if split == "train" else data.val_source
@@ -130,7 +114,7 @@ def extract(
     dims = run.dims(readouts)
 
     weights = weights_hash(backbone)
-    if len(set(_gather(weights))) > 1:
+    if len(set(gather(weights))) > 1:
         raise ConfigError(f"backbone.weights={config.weights}: the processes hold different weights. Is it one file?")
     parts = on_first(lambda: key_parts(config, weights, data, source, precision))
     keys = {name: content_key({**parts, "readout": name}) for name in readouts}
@@ -176,46 +160,6 @@ def key_parts(
         },
         "precision": precision,
     }
-
-
-def read_out(backbone: nn.Module, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """Read-outs (B, D) of normalised images (B, 3, H, W), by name, in float32.
-
-    They are of the patch tokens that `forward_features` returns; class tokens are left out, also that of a ViT. With `/last4`
-    they are of the patch tokens after each of the last four blocks (scans of ViL, stages of a convolutional network; all, if
-    there are fewer), passed through the norm that follows the last block, if there is one of their width, and concatenated.
-
-    Raises:
-        ConfigError: If the network has no such read-out.
-    """
-    if any(name.endswith(LAST4) for name in names):
-        if not hasattr(backbone, "forward_intermediates"):
-            raise ConfigError(f"readouts: {type(backbone).__name__} shows no intermediate layers, which {LAST4} reads.")
-        depth = len(backbone.feature_info)  # type: ignore[arg-type]
-        output, layers = backbone.forward_intermediates(images, indices=min(4, depth), norm=False)  # type: ignore[operator]
-    else:
-        output, layers = backbone.forward_features(images), []  # type: ignore[operator]
-    refused = [name for name in names if name.removesuffix(LAST4) not in _OF_MAPS]
-    if output.ndim == 4 and refused:
-        raise ConfigError(
-            f"readouts: {', '.join(refused)} read the first and last of a sequence of tokens, but {type(backbone).__name__} "
-            f"computes a feature map. Use {', '.join(_OF_MAPS)}, with or without {LAST4}."
-        )
-    tokens = patch_tokens(backbone, output).float()
-    norm = getattr(backbone, "norm", None)
-    last4 = [_normalised(norm, layer.flatten(2).transpose(1, 2)).float() for layer in layers]
-    return {
-        name: torch.cat([READOUTS[name.removesuffix(LAST4)](x) for x in last4], dim=-1)
-        if name.endswith(LAST4)
-        else READOUTS[name](tokens)
-        for name in names
-    }
-
-
-def _normalised(norm: Any, tokens: Tensor) -> Tensor:
-    """Stages of a hierarchical network are of other widths than its last norm."""
-    fits = isinstance(norm, nn.LayerNorm) and tuple(norm.normalized_shape) == tuple(tokens.shape[-1:])
-    return norm(tokens) if fits else tokens
 
 
 # --- a pass over the images -------------------------------------------------------------------------------------------
@@ -279,7 +223,7 @@ class _Pass:
         except Exception as caught:
             error = caught
         # Nobody may be left waiting for a process that failed.
-        outcomes = _gather((_portable(error), unreadable, num_rows))
+        outcomes = gather((portable(error), unreadable, num_rows))
         if error is not None:
             raise error
         for other, _, _ in outcomes:
@@ -299,7 +243,7 @@ class _Pass:
 
     def _batches(self) -> Iterator[tuple[int, Tensor, list[int]]]:
         """This process's batches: place of the first image, images, and places of all unreadable ones so far."""
-        data, (rank, world_size) = self.data, _processes()
+        data, (rank, world_size) = self.data, processes()
         dataset = TransformedDataset(self.source, data.eval_transform, data.seed, data.max_bad_fraction, data.known_bad)
         size = data.eval_batch_size
         starts = range(rank * size, len(dataset), world_size * size)
@@ -363,7 +307,7 @@ def _compute_on_disk(
         finally:
             for file in files.values():
                 file.close()
-        _gather(None)  # all rows are on the disk
+        gather(None)  # all rows are on the disk
         on_first(finish)
 
 
@@ -414,117 +358,6 @@ def _device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device={name!r} cannot be used ({error}). Set it to auto, cpu or cuda.") from error
-    if device.type == "cuda" and _processes()[1] > 1:
+    if device.type == "cuda" and processes()[1] > 1:
         torch.cuda.set_device(device)  # where objects are sent from
     return device
-
-
-def _processes() -> tuple[int, int]:
-    """Rank of this process and number of processes."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
-
-
-def _gather(value: T) -> list[T]:
-    """The values of all processes, in the order of their ranks; all have to call this."""
-    _, world_size = _processes()
-    values: list[Any] = [value] * world_size
-    if world_size > 1:
-        distributed.all_gather_object(values, value)
-    return values
-
-
-def on_first(function: Callable[[], T]) -> T:
-    """Call a function on the first process alone; its result, or its error, is that of all. All have to call this."""
-    rank, world_size = _processes()
-    if world_size == 1:
-        return function()
-    box: list[Any] = [None, None]
-    error = None
-    if rank == 0:
-        try:
-            box[0] = function()
-        except Exception as caught:
-            error, box[1] = caught, _portable(caught)
-    distributed.broadcast_object_list(box)
-    if box[1] is not None:
-        raise error or box[1]
-    return box[0]
-
-
-def _portable(error: Exception | None) -> Exception | None:
-    """An error that can be sent to other processes."""
-    if error is None or isinstance(error, ConfigError):
-        return error
-    return RuntimeError(f"another process failed: {type(error).__name__}: {error}")
-
-
-# --- embeddings -------------------------------------------------------------------------------------------------------
-
-
-def check_embeddings_path(path: Path) -> None:
-    """Refuse a file that `write_embeddings` could not write, before there is anything to write.
-
-    Raises:
-        ConfigError: If its name does not end in .npz or .parquet, or pyarrow is missing for the latter.
-    """
-    if path.suffix not in (".npz", ".parquet"):
-        raise ConfigError(f"embeddings={path} must end in .npz or .parquet.")
-    if path.suffix == ".parquet":
-        _pyarrow()
-
-
-def write_embeddings(feature_set: FeatureSet, names: Sequence[str], path: Path) -> None:
-    """Write `id`, `label` and `vector` of every image, in parts; the file appears complete or not at all.
-
-    A `.parquet` file has these columns, vectors being lists of D floats; a `.npz` file has the arrays `ids`, `labels` and
-    `vectors` (N, D). Vectors are in float32.
-
-    Args:
-        names: What to call the images of the source, in its order; those that were left out included.
-    """
-    check_embeddings_path(path)
-    if int(feature_set.indices.max()) >= len(names):
-        raise ValueError(f"{len(names)} names are too few for image {int(feature_set.indices.max())}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.part")
-    ids = [str(names[i]) for i in feature_set.indices.tolist()]
-    (_write_parquet if path.suffix == ".parquet" else _write_npz)(feature_set, ids, unfinished)
-    os.replace(unfinished, path)
-
-
-def _write_parquet(feature_set: FeatureSet, ids: list[str], path: Path) -> None:
-    pyarrow, parquet = _pyarrow()
-    dim = feature_set.features.shape[1]
-    types = {"id": pyarrow.string(), "label": pyarrow.int64(), "vector": pyarrow.list_(pyarrow.float32(), dim)}
-    schema = pyarrow.schema(list(types.items()), metadata={"readout": feature_set.readout, "key": feature_set.key})
-    with parquet.ParquetWriter(path, schema) as writer:
-        for start in range(0, len(ids), _ROWS):
-            rows = slice(start, start + _ROWS)
-            vectors = pyarrow.array(feature_set.features[rows].float().reshape(-1).numpy())
-            vectors = pyarrow.FixedSizeListArray.from_arrays(vectors, dim)
-            columns = [pyarrow.array(ids[rows]), pyarrow.array(feature_set.labels[rows].numpy()), vectors]
-            writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
-
-
-def _write_npz(feature_set: FeatureSet, ids: list[str], path: Path) -> None:
-    header = {"descr": "<f4", "fortran_order": False, "shape": tuple(feature_set.features.shape)}
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, array in (("ids", np.array(ids, dtype=np.str_)), ("labels", feature_set.labels.numpy())):
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array(file, array, allow_pickle=False)
-        # numpy would need all vectors in memory, in float32.
-        with archive.open("vectors.npy", "w", force_zip64=True) as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for rows in feature_set.features.split(_ROWS):
-                file.write(rows.float().numpy().astype("<f4").tobytes())
-
-
-def _pyarrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ConfigError("embeddings: .parquet needs pyarrow (pip install pyarrow). Or write an .npz.") from error
-    return pyarrow, pyarrow.parquet

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from vil_lightning.errors import ConfigError
-from vil_lightning.evaluation.features import READOUT_NAMES, FeatureSet
+from vil_lightning.evaluation.features import FeatureSet
 from vil_lightning.evaluation.inputs import few_labels
 from vil_lightning.evaluation.knn import KS, knn_scores
 from vil_lightning.evaluation.logistic import CS, logistic_regression
 from vil_lightning.evaluation.probes import PROTOCOLS, probe
+from vil_lightning.evaluation.readouts import READOUT_NAMES
 from vil_lightning.evaluation.scores import Score
 from vil_lightning.evaluation.subject import Subject
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import hashlib
 from typing import Any
 
 import timm
@@ -195,6 +196,15 @@ def check_input_size(backbone: nn.Module, size: int, key: str) -> None:
         raise ConfigError(f"{key}={size} does not fit the backbone: {error} {hint}") from error
     finally:
         backbone.train(was_training)
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 over all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def feature_dim(backbone: nn.Module) -> int:

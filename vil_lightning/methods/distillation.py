@@ -35,9 +35,9 @@ from vil_lightning.methods.backbone import (
     patch_tokens,
     recorded_backbone,
     resolve_backbone,
+    weights_hash,
 )
 from vil_lightning.methods.commands import probe_command
-from vil_lightning.methods.linear_probe import weights_hash
 from vil_lightning.methods.masked import freeze_readout
 from vil_lightning.methods.optimisation import Optimisation
 from vil_lightning.methods.randomness import seed_step

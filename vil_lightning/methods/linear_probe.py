@@ -5,7 +5,6 @@ and learning rate is trained side by side in a single pass. The winner is chosen
 reported on val: unlike in the published protocols, the set that is reported never takes part in the choice.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -31,6 +30,7 @@ from vil_lightning.methods.backbone import (
     patch_tokens,
     recorded_backbone,
     resolve_backbone,
+    weights_hash,
 )
 from vil_lightning.optim import scale_lr
 
@@ -352,12 +352,3 @@ def split_for_selection(
     if len(others) == 0:
         raise ConfigError(f"model.num_shots={num_shots} leaves no training image to choose the winner on.")
     return order[is_shot[order]], others[:num_held]
-
-
-def weights_hash(module: nn.Module) -> str:
-    """SHA-256 over all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

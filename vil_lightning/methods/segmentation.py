@@ -24,8 +24,13 @@ from vil_lightning.dense import (
     slide,
 )
 from vil_lightning.errors import ConfigError
-from vil_lightning.methods.backbone import BackboneConfig, build_backbone, check_input_size, resolve_backbone
-from vil_lightning.methods.linear_probe import weights_hash
+from vil_lightning.methods.backbone import (
+    BackboneConfig,
+    build_backbone,
+    check_input_size,
+    resolve_backbone,
+    weights_hash,
+)
 from vil_lightning.methods.optimisation import Optimisation
 from vil_lightning.methods.optimisers import adamw
 from vil_lightning.methods.randomness import seed_step
