@@ -269,7 +269,7 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line; what a user can repair ends with one message and exit code 2."""
     silence_known_messages()
     words = sys.argv[1:] if args is None else args
-    if words and words[0] in ("evaluate", "compare"):  # no subcommands of Lightning's trainer
+    if words and words[0] in ("evaluate", "compare", "embed"):  # no subcommands of Lightning's trainer
         return evaluation_command(words[0], words[1:])
     try:
         build_cli(args)

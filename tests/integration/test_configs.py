@@ -17,13 +17,14 @@ from vil_lightning.callbacks import OnlineKNN, RunProgressBar, RunSummary, Throu
 from vil_lightning.callbacks.published_curve import read_curves
 from vil_lightning.cli import VilCLI, build_cli
 from vil_lightning.data import Digits, TrainTransform
-from vil_lightning.evaluation.command import evaluate_parser
+from vil_lightning.evaluation.command import embed_parser, evaluate_parser
 from vil_lightning.methods import DINO, LinearProbe, Supervised
 from vil_lightning.methods.backbone import BackboneConfig
 
 OVERLAYS = sorted((CONFIGS / "overlays").glob("*.yaml"))
-EVALUATION = CONFIGS / "evaluate.yaml"  # of another command
-RECIPES = sorted(set(CONFIGS.rglob("*.yaml")) - set(OVERLAYS) - {EVALUATION})
+SUITES = sorted(CONFIGS.glob("evaluate*.yaml"))  # of other commands
+EMBED = CONFIGS / "embed.yaml"
+RECIPES = sorted(set(CONFIGS.rglob("*.yaml")) - set(OVERLAYS) - {*SUITES, EMBED})
 SUPERVISED = [
     path for path in RECIPES if "methods.Supervised" in (t := path.read_text()) and "data.TrainTransform" in t
 ]
@@ -576,22 +577,29 @@ def test_overlay__adds_all_instruments_to_a_recipe() -> None:
     assert cli.run_name == "pretrain_dino"
 
 
-# --- the recipe of `main.py evaluate` ---------------------------------------------------------------------------------
+# --- the recipes of `main.py evaluate` and `main.py embed` -----------------------------------------------------------
 
 
-def test_evaluation__is_read_completely_and_says_how_it_is_run() -> None:
-    config = evaluate_parser().parse_args(["--config", str(EVALUATION)])
-    content = yaml.safe_load(EVALUATION.read_text())
+@pytest.mark.parametrize("path", SUITES, ids=recipe_id)
+def test_evaluation__is_read_completely_and_says_how_it_is_run(path: Path) -> None:
+    config = evaluate_parser().parse_args(["--config", str(path)])
+    content = yaml.safe_load(path.read_text())
     assert [task.class_path.rsplit(".", 1)[-1] for task in config.tasks] == [
         task["class_path"].rsplit(".", 1)[-1] for task in content["tasks"]
     ]
-    assert "python main.py evaluate --config configs/evaluate.yaml" in EVALUATION.read_text()
+    assert f"python main.py evaluate --config configs/{path.name}" in path.read_text()
 
 
 def test_evaluation__unknown_key_is_rejected_by_name(tmp_path: Path) -> None:
-    content = yaml.safe_load(EVALUATION.read_text())
+    content = yaml.safe_load((CONFIGS / "evaluate.yaml").read_text())
     content["tasks"][0]["init_args"]["kz"] = [1]
     (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(content))
     result = invoke(["evaluate", "--config", str(tmp_path / "evaluate.yaml")], tmp_path)
     assert result.code == 2
     assert "kz" in result.err
+
+
+def test_embed__is_read_completely_and_says_how_it_is_run() -> None:
+    config = embed_parser().parse_args(["--config", str(EMBED), "--out", "x.npz"])
+    assert config.split == "val"
+    assert "python main.py embed --config configs/embed.yaml" in EMBED.read_text()

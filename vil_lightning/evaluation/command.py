@@ -1,7 +1,8 @@
-"""`python main.py evaluate`: score a frozen network; `python main.py compare`: several evaluations side by side.
+"""`python main.py evaluate`: score a frozen network; `compare`: several evaluations side by side; `embed`: vectors as a file.
 
 python main.py evaluate --config configs/evaluate.yaml --weights checkpoints/pretrain_dino/last.ckpt
 python main.py compare evaluations/pretrain_dino evaluations/pretrain_mae --out comparison.md --plot comparison.png
+python main.py embed --config configs/embed.yaml --weights checkpoints/pretrain_dino/last.ckpt --out embeddings.parquet
 """
 
 import argparse
@@ -19,12 +20,15 @@ from torchvision.utils import save_image
 
 import vil_lightning.data  # noqa: F401 - makes the short class names known
 from vil_lightning.data.datamodule import ImageDataModule
+from vil_lightning.data.files import FileSource, paths_of
+from vil_lightning.data.loading import ImageSource, SubsetSource
 from vil_lightning.errors import ConfigError
 from vil_lightning.evaluation import report
 from vil_lightning.evaluation.cache import fingerprint
+from vil_lightning.evaluation.embeddings import check_embeddings_path, write_embeddings
 from vil_lightning.evaluation.pictures import patch_picture
 from vil_lightning.evaluation.subject import Subject
-from vil_lightning.evaluation.tasks import Task
+from vil_lightning.evaluation.tasks import Task, check_readouts
 from vil_lightning.methods.backbone import BackboneConfig, check_input_size, weights_hash
 
 EVALUATION_ROOT = Path("evaluations")
@@ -35,24 +39,14 @@ def evaluate(args: list[str]) -> None:
 
     Started by torchrun, the processes share the images and the queries of kNN, and the first one writes.
     """
-    parser = evaluate_parser()
-    config = parser.parse_args(args)
-    first = join_processes()
-    if config.weights is not None:
-        config.backbone.weights = config.weights
-    os.environ["PL_GLOBAL_SEED"] = str(config.seed)  # which data modules take theirs from
-    built = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(config)
-    data: Any = built.data
-    if not isinstance(data, ImageDataModule):
-        raise ConfigError(f"data={type(data).__name__} is no source of images. Choose another --data.")
+    built, data = parse(evaluate_parser(), args)
     if not built.tasks:
         raise ConfigError("tasks is empty. Name at least one, see configs/evaluate.yaml.")
+    first = join_processes()
     data.prepare_data()
     data.setup("fit")
     check_classes(data)
-    backbone = BackboneConfig(built.backbone.name, built.backbone.weights, dict(built.backbone.kwargs or {}))
-    cache_dir = None if built.cache_dir is None else Path(built.cache_dir)
-    subject = Subject(backbone, data, cache_dir, built.precision, built.device, built.seed, built.progress and first)
+    subject = subject_of(built, data, first)
     network = subject.build()
     check_input_size(network, data.img_size, "data.img_size")
     for task in built.tasks:
@@ -65,6 +59,7 @@ def evaluate(args: list[str]) -> None:
     folder = Path(built.out) if built.out else EVALUATION_ROOT / name
     results = {
         "name": name,
+        "suite": "+".join(Path(str(path)).stem for path in built.config or ()) or None,
         "backbone": {
             "name": subject.backbone.name,
             "kwargs": subject.backbone.kwargs,
@@ -92,6 +87,35 @@ def evaluate(args: list[str]) -> None:
     print(f"wrote {path} and {folder / 'model_card.md'}")
 
 
+def embed(args: list[str]) -> None:
+    """Write a vector for every image, for other programs: Parquet or npz.
+
+    Started by torchrun, the processes share the images, and the first one writes.
+    """
+    built, data = parse(embed_parser(), args)
+    check_readouts("embed", built.readout)
+    path = Path(built.out)
+    check_embeddings_path(path)
+    if path.exists() and not built.overwrite:
+        raise ConfigError(f"out={path} exists. Choose another --out, or replace it with --overwrite true.")
+    first = join_processes()
+    data.prepare_data()
+    data.setup("predict" if built.split == "predict" else "fit")
+    labelled = data.labelled
+    if built.split == "predict":
+        data.val_source, names = data.predict_source, data.predict_names
+        labelled = labelled and getattr(data, "predict_dir", None) is None
+    else:
+        names = names_of(data.train_source if built.split == "train" else data.val_source, built.split)
+    subject = subject_of(built, data, first)
+    readout = subject.readout(built.readout)
+    features = subject.features("train" if built.split == "train" else "val", [readout])[readout]
+    if first:
+        write_embeddings(features, names, path, labelled)
+        rows, width = features.features.shape
+        print(f"wrote {rows:,} vectors of {width} numbers ({readout}): {path}")
+
+
 def join_processes() -> bool:
     """Join the other processes of torchrun, if there are any; whether this is the first one."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
@@ -99,23 +123,70 @@ def join_processes() -> bool:
     return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
-def evaluate_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python main.py evaluate", description=__doc__)
+def names_of(source: ImageSource, split: str) -> list[str]:
+    """Paths of images in files, else `split/number`."""
+    base = source
+    while isinstance(base, SubsetSource):
+        base = base.source
+    return paths_of(source) if isinstance(base, FileSource) else [f"{split}/{i}" for i in range(len(source))]
+
+
+def subject_parser(command: str) -> ArgumentParser:
+    """What names a network and its images."""
+    parser = ArgumentParser(prog=f"python main.py {command}", description=__doc__)
     parser.add_argument("--config", action="config", help="Recipe, see configs/evaluate.yaml.")
     parser.add_argument("--weights", type=str | None, default=None, help="Checkpoint; short for --backbone.weights.")
     parser.add_argument("--backbone", type=BackboneConfig, default=BackboneConfig(), help="The network.")
     parser.add_subclass_arguments(L.LightningDataModule, "data", required=True)
-    parser.add_argument("--tasks", type=list[Task], default=[], help="What to measure.")
     parser.add_argument("--precision", type=Literal["32", "bf16"], default="32", help="Of the features.")
     parser.add_argument("--device", type=str, default="auto", help="Where the network runs.")
     parser.add_argument("--seed", type=int, default=0, help="Of few labels, held-out images and probes.")
     parser.add_argument(
         "--cache_dir", type=str | None, default=None, help="Keep features here, for the next evaluation."
     )
-    parser.add_argument("--run_name", type=str | None, default=None, help="What to call the network in tables.")
-    parser.add_argument("--out", type=str | None, default=None, help="Folder of the results; evaluations/<run_name>.")
     parser.add_argument("--progress", type=bool, default=True, help="Show bars.")
     return parser
+
+
+def evaluate_parser() -> ArgumentParser:
+    parser = subject_parser("evaluate")
+    parser.add_argument("--tasks", type=list[Task], default=[], help="What to measure.")
+    parser.add_argument("--run_name", type=str | None, default=None, help="What to call the network in tables.")
+    parser.add_argument("--out", type=str | None, default=None, help="Folder of the results; evaluations/<run_name>.")
+    return parser
+
+
+def embed_parser() -> ArgumentParser:
+    parser = subject_parser("embed")
+    parser.add_argument(
+        "--split",
+        type=Literal["train", "val", "predict"],
+        default="predict",
+        help="Which images: predict takes those of data.predict_dir, or the val set.",
+    )
+    parser.add_argument("--readout", type=str, default="auto", help="auto is the one that the network is made for.")
+    parser.add_argument("--out", type=str, required=True, help="File, .parquet or .npz.")
+    parser.add_argument("--overwrite", type=bool, default=False, help="Replace an existing file.")
+    return parser
+
+
+def parse(parser: ArgumentParser, args: list[str]) -> tuple[Namespace, ImageDataModule]:
+    """The arguments, with objects built, and the images."""
+    config = parser.parse_args(args)
+    if config.weights is not None:
+        config.backbone.weights = config.weights
+    os.environ["PL_GLOBAL_SEED"] = str(config.seed)  # which data modules take theirs from
+    built = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(config)
+    if not isinstance(built.data, ImageDataModule):
+        raise ConfigError(f"data={type(built.data).__name__} is no source of images. Choose another --data.")
+    return built, built.data
+
+
+def subject_of(built: Namespace, data: ImageDataModule, first: bool) -> Subject:
+    """The network and its images, which are set up."""
+    backbone = BackboneConfig(built.backbone.name, built.backbone.weights, dict(built.backbone.kwargs or {}))
+    cache_dir = None if built.cache_dir is None else Path(built.cache_dir)
+    return Subject(backbone, data, cache_dir, built.precision, built.device, built.seed, built.progress and first)
 
 
 def run_name_of(backbone: BackboneConfig) -> str:
@@ -186,9 +257,9 @@ def compare(args: list[str]) -> None:
 
 
 def main(command: str, args: list[str]) -> None:
-    """`evaluate` or `compare`; what a user can repair ends with one message and exit code 2."""
+    """`evaluate`, `compare` or `embed`; what a user can repair ends with one message and exit code 2."""
     try:
-        {"evaluate": evaluate, "compare": compare}[command](args)
+        {"evaluate": evaluate, "compare": compare, "embed": embed}[command](args)
     except ValueError as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, ConfigError):

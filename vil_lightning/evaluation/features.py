@@ -107,7 +107,7 @@ def extract(
     config = resolve_backbone(backbone_config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(data.seed)
-        backbone = build_backbone(config)
+        backbone = build_backbone(config, quiet=True)
     backbone.eval().requires_grad_(False).to(place)
     check_input_size(backbone, data.img_size, "data.img_size")
     run = _Pass(backbone, data, source, precision, place, f"Features of {split}" if progress and rank == 0 else None)

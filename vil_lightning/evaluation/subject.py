@@ -43,13 +43,13 @@ class Subject:
 
     def __post_init__(self) -> None:
         self.backbone = resolve_backbone(self.backbone)
-        self.pooling = own_pooling(self.build())
+        self.pooling = own_pooling(self.build(quiet=False))
 
-    def build(self) -> nn.Module:
+    def build(self, quiet: bool = True) -> nn.Module:
         """The network, in evaluation mode; without weights, that of the data's seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.data.seed)
-            return build_backbone(self.backbone).eval().requires_grad_(False)
+            return build_backbone(self.backbone, quiet=quiet).eval().requires_grad_(False)
 
     @property
     def place(self) -> str:

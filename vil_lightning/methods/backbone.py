@@ -103,13 +103,16 @@ def check_resumed_backbone(checkpoint: dict[str, Any], config: BackboneConfig) -
         )
 
 
-def build_backbone(config: BackboneConfig, num_classes: int = 0, new_head: bool = False) -> nn.Module:
+def build_backbone(
+    config: BackboneConfig, num_classes: int = 0, new_head: bool = False, quiet: bool = False
+) -> nn.Module:
     """The model with its weights.
 
     Args:
         config: After `resolve_backbone`.
         num_classes: Outputs of the classifier; 0 for a model without one, which returns its pooled vector.
         new_head: Initialise the classifier anew, also if the weights hold one.
+        quiet: Do not log where the weights come from: for one more copy of a network.
 
     Raises:
         ConfigError: For an unknown name, arguments the model refuses, or weights that do not fit.
@@ -142,7 +145,8 @@ def build_backbone(config: BackboneConfig, num_classes: int = 0, new_head: bool 
         except (WeightsError, FileNotFoundError) as error:
             hint = " Set model.new_head=true for a new classifier." if num_classes and not new_head else ""
             raise ConfigError(f"model.backbone.weights: {error}{hint}") from error
-        rank_zero_info(f"Backbone weights from {report}")
+        if not quiet:
+            rank_zero_info(f"Backbone weights from {report}")
     if new_head and num_classes:
         model.reset_classifier(num_classes)
         rank_zero_info(f"The classifier ({num_classes} classes) is new.")
