@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=96)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of q, k and v")
     parser.add_argument("--rounds", type=int, default=7, help="measurements per table entry; the median is printed")
     parser.add_argument("--min-time", type=float, default=0.02, help="seconds a measurement takes at least")
     parser.add_argument("--threads", type=int, default=None, help="of torch; its own choice if not given")
@@ -48,36 +49,44 @@ def main() -> None:
     print(f"- command: `python {shlex.join(sys.argv)}`")
     if hasattr(os, "getloadavg"):
         print(f"- load average of the last minute when started: {os.getloadavg()[0]:.2f}")
-    print(f"- shapes: B={args.batch}, NH={args.heads}, DH={args.head_dim}, float32, eager")
+    print(f"- shapes: B={args.batch}, NH={args.heads}, DH={args.head_dim}, {args.dtype}, eager")
     print(f"- median of {args.rounds} rounds; in a round, all backends run one after the other\n")
     print("Milliseconds; in brackets, how many times faster than `parallel`.")
     for backward in (False, True):
         print(f"\n## {'Forward and backward' if backward else 'Forward'}\n")
-        print("| S | parallel | " + " | ".join(f"chunkwise {size}" for size in args.chunk_size) + " |")
-        print("| ---: " * (len(args.chunk_size) + 2) + "|")
+        columns = ["S", "parallel", *(f"chunkwise {size}" for size in args.chunk_size), *triton_columns(args)]
+        print("| " + " | ".join(columns) + " |")
+        print("| ---: " * len(columns) + "|")
         for seq_len in args.seq_len:
-            parallel, *chunkwise = measure(args, seq_len, backward)
-            cells = [f"{1000 * parallel:.2f}"] + [f"{1000 * t:.2f} ({parallel / t:.2f}×)" for t in chunkwise]
+            parallel, *others = measure(args, seq_len, backward)
+            cells = [f"{1000 * parallel:.2f}"] + [f"{1000 * t:.2f} ({parallel / t:.2f}×)" for t in others]
             print(f"| {seq_len} | " + " | ".join(cells) + " |", flush=True)
 
 
 def measure(args: argparse.Namespace, seq_len: int, backward: bool) -> list[float]:
-    """Median seconds of one call: first `parallel`, then `chunkwise` with every chunk size."""
+    """Median seconds of one call: first `parallel`, then `chunkwise` with every chunk size, then `triton` on a GPU."""
     shape = (args.batch, args.heads, seq_len)
     device = torch.device(args.device)
-    q, k, v = (torch.randn(*shape, args.head_dim, device=device) for _ in range(3))
+    dtype = getattr(torch, args.dtype)
+    q, k, v = (torch.randn(*shape, args.head_dim, device=device, dtype=dtype) for _ in range(3))
     igate, fgate = torch.randn(shape, device=device), 4 + torch.randn(shape, device=device)
     inputs = [x.requires_grad_(backward) for x in (q, k, v, igate, fgate)]
     grad = torch.randn_like(q)
 
     calls = [make_call(inputs, grad, backward, "parallel", 64)]
     calls += [make_call(inputs, grad, backward, "chunkwise", size) for size in args.chunk_size]
+    calls += [make_call(inputs, grad, backward, backend, 64) for backend in triton_columns(args)]
     repeats = []
     for call in calls:
         seconds(call, 1, device)  # warm-up
         repeats.append(max(1, round(args.min_time / max(seconds(call, 1, device), 1e-6))))
     rounds = [[seconds(c, n, device) / n for c, n in zip(calls, repeats, strict=True)] for _ in range(args.rounds)]
     return [statistics.median(times) for times in zip(*rounds, strict=True)]
+
+
+def triton_columns(args: argparse.Namespace) -> list[str]:
+    """On a CPU the kernels are interpreted, which times the interpreter."""
+    return ["triton"] if torch.device(args.device).type == "cuda" else []
 
 
 def make_call(

@@ -10,6 +10,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is loaded, which torch may do at any time
+
 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:

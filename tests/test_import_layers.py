@@ -53,7 +53,7 @@ def permitted(path: Path, name: str) -> bool:
     match layer(path):
         case "ops":
             # mamba_ssm: its CUDA scan is used where it is installed
-            return standard or within(name, "torch", "mamba_ssm", "vil_lightning.ops")
+            return standard or within(name, "torch", "triton", "mamba_ssm", "vil_lightning.ops")
         case "backbones":
             own = ("vil_lightning.ops", "vil_lightning.backbones")
             return standard or within(name, "torch", "timm", "safetensors", *own)

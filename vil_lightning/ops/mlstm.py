@@ -7,10 +7,12 @@ One function, several backends that compute the same numbers:
 | `recurrent` | S · DH²     | S · DH²     | the definition, token by token; the test oracle    |
 | `parallel`  | S² · DH     | S²          | short sequences                                    |
 | `chunkwise` | S · (L+DH)·DH | S · (L+DH²/L) | long sequences; L is the chunk length           |
+| `triton`    | as `parallel` to 512 tokens, then as `chunkwise` | S · (1+DH²/L) | GPUs: fused kernels, no S x S matrix |
 
 Letters used in this package: `B` batch, `NH` heads, `S` tokens, `DH` head width, `NC` chunks, `L` tokens per chunk.
 """
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -20,7 +22,7 @@ from vil_lightning.ops.chunkwise import mlstm_chunkwise
 from vil_lightning.ops.parallel import mlstm_parallel
 from vil_lightning.ops.recurrent import mlstm_recurrent
 
-MLSTMBackend = Literal["auto", "recurrent", "parallel", "chunkwise"]
+MLSTMBackend = Literal["auto", "recurrent", "parallel", "chunkwise", "triton"]
 MLSTM_BACKENDS: tuple[str, ...] = get_args(MLSTMBackend)
 
 # Longest sequence for which `auto` takes the quadratic form. On a CPU the curves of `benchmarks/mlstm_backends.py` cross
@@ -62,14 +64,14 @@ def mlstm(
         reverse: Scan from the last token to the first. Equals flipping every argument and the result along S, without
             copying `q`, `k` or `v`.
         backend: One of `MLSTM_BACKENDS`. `auto` chooses by S, from measurements.
-        chunk_size: Largest number of tokens per chunk, for `chunkwise`.
+        chunk_size: Largest number of tokens per chunk, for `chunkwise` and, above 512 tokens and rounded up to 64, `triton`.
         eps: Added to the normaliser.
 
     Returns:
         (B, NH, S, DH), in the dtype of `v` (the autocast dtype under autocast).
 
     Raises:
-        ValueError: For shapes that do not fit, an unknown backend or a chunk size below 1.
+        ValueError: For shapes that do not fit, an unknown backend, one that cannot be used, or a chunk size below 1.
 
     References:
         Beck et al. 2024, xLSTM, arXiv:2405.04517; Alkin et al. 2024, Vision-LSTM, arXiv:2406.04303.
@@ -91,9 +93,22 @@ def mlstm(
     with torch.autocast(device_type, enabled=False):
         if backend == "recurrent":
             return mlstm_recurrent(q, k, v, igate, log_fgate, reverse=reverse, eps=eps)
+        if backend == "triton":
+            return _triton()(q, k, v, igate, log_fgate, reverse=reverse, chunk_size=chunk_size, eps=eps)
         if backend == "parallel":
             return mlstm_parallel(q, k, v, igate, log_fgate, reverse=reverse, eps=eps)
         return mlstm_chunkwise(q, k, v, igate, log_fgate, reverse=reverse, chunk_size=chunk_size, eps=eps)
+
+
+def _triton() -> Callable[..., Tensor]:
+    """The Triton backend, which is imported where it is asked for: not every machine has it."""
+    try:
+        from vil_lightning.ops.triton_mlstm import mlstm_triton
+    except ImportError as error:
+        raise ValueError(
+            f"mlstm: backend 'triton' cannot be used here ({error}). Install triton (Linux), or use another backend."
+        ) from error
+    return mlstm_triton
 
 
 def _check_arguments(

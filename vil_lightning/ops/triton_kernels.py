@@ -1,0 +1,368 @@
+"""Triton kernels of the mLSTM. `triton_mlstm.py` explains the method, prepares their inputs and calls them.
+
+Vectors of a token are DH numbers in a tensor laid out (B, S, NH, DH); numbers of a token are laid out (B * NH, S) in the order
+of the scan. A kernel walks the scan from place 0 on; `REVERSE` only says which token stands at a place.
+
+Letters of the shapes: `R` rows, the tokens of a block that reads; `T` columns, the tokens of a block that is read; `W` channels
+of a tile. Products of tiles are accumulated in float32, and so is everything else.
+"""
+
+# Triton's kernels are no Python functions: their arguments have no types that a checker knows.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _dot(x, y, PRECISION: tl.constexpr):
+    """Matrix product, summed up in float32; `interpreted` is exact, too, and used where Triton's interpreter is."""
+    if PRECISION == "interpreted":  # it (3.9) mistakes the bits of bfloat16 for integers here
+        return tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(x, y, input_precision=PRECISION)
+
+
+@triton.jit
+def _vectors(ptr, places, first, seq_len, heads, DH: tl.constexpr, WIDTH: tl.constexpr, REVERSE: tl.constexpr):
+    """Channels `first` to `first + WIDTH` of the tokens at `places`, (R, W); zeros outside."""
+    tokens = places
+    if REVERSE:
+        tokens = seq_len - 1 - places
+    channels = first + tl.arange(0, WIDTH)
+    inside = (places < seq_len)[:, None] & (channels < DH)[None, :]
+    return tl.load(ptr + tokens[:, None] * (heads * DH) + channels[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _store_vectors(
+    ptr, values, places, first, seq_len, heads, DH: tl.constexpr, WIDTH: tl.constexpr, REVERSE: tl.constexpr
+):
+    tokens = places
+    if REVERSE:
+        tokens = seq_len - 1 - places
+    channels = first + tl.arange(0, WIDTH)
+    inside = (places < seq_len)[:, None] & (channels < DH)[None, :]
+    tl.store(ptr + tokens[:, None] * (heads * DH) + channels[None, :], values.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _inner(
+    x,
+    y,
+    rows,
+    columns,
+    seq_len,
+    heads,
+    DH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Inner products (R, T) of the vectors of rows and columns."""
+    total = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+    for first in range(0, DH, WIDTH):
+        x_tile = _vectors(x, rows, first, seq_len, heads, DH, WIDTH, REVERSE)
+        y_tile = _vectors(y, columns, first, seq_len, heads, DH, WIDTH, REVERSE)
+        total += _dot(x_tile, tl.trans(y_tile), PRECISION)
+    return total
+
+
+@triton.jit
+def _decay(coarse, fine, igate, stab, rows, columns, seq_len):
+    """exp(F_t - F_s + a_s - stab_t), (R, T), and 0 where the scan has not been yet.
+
+    F is a sum over the whole scan, of which differences of neighbours matter: it comes in two parts, and differences of
+    the parts lose nothing.
+    """
+    row, column = rows < seq_len, columns < seq_len
+    coarse_t, fine_t = tl.load(coarse + rows, row, 0.0), tl.load(fine + rows, row, 0.0)
+    coarse_s, fine_s = tl.load(coarse + columns, column, 0.0), tl.load(fine + columns, column, 0.0)
+    log_decay = (coarse_t[:, None] - coarse_s[None, :]) + (fine_t[:, None] - fine_s[None, :])
+    log_decay += tl.load(igate + columns, column, 0.0)[None, :] - tl.load(stab + rows, row, 0.0)[:, None]
+    seen = (rows[:, None] >= columns[None, :]) & row[:, None] & column[None, :]
+    return tl.exp(tl.where(seen, log_decay, float("-inf")))
+
+
+@triton.jit
+def _matrix(ptr, first_k, first_v, DH: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr):
+    """A tile of a state (DH, DH)."""
+    k, v = first_k + tl.arange(0, K_WIDTH), first_v + tl.arange(0, V_WIDTH)
+    return tl.load(ptr + k[:, None] * DH + v[None, :], mask=(k < DH)[:, None] & (v < DH)[None, :], other=0.0)
+
+
+@triton.jit
+def states_kernel(
+    key,
+    value,
+    weight,  # (BH, S): with which a token is written to the next state
+    value_sum,  # (BH, S): what takes the place of the value 1 in the normaliser
+    keep,  # (BH, N): what is left of a state at the next one
+    memory,  # (BH, N, DH, DH): results
+    norm,  # (BH, N, DH)
+    seq_len,
+    heads,
+    num_states,
+    chunk_size,
+    DH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    K_WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    REVERSE: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STATE_PRECISION: tl.constexpr,
+):
+    """States between chunks: what each chunk adds, summed up along the scan.
+
+    Forward, state n enters chunk n + 1 and gathers the chunks 0 to n. Backward, it is a gradient that gathers the chunks n + 1
+    to N in the opposite order; the "keys" are queries, the "values" gradients of the output.
+    """
+    head = tl.program_id(0).to(tl.int64)
+    first_k, first_v = tl.program_id(1) * K_WIDTH, tl.program_id(2) * V_WIDTH
+    start = (head // heads) * seq_len * heads * DH + (head % heads) * DH
+    key, value = key + start, value + start
+    weight, value_sum, keep = weight + head * seq_len, value_sum + head * seq_len, keep + head * num_states
+    k, v = first_k + tl.arange(0, K_WIDTH), first_v + tl.arange(0, V_WIDTH)
+    state = tl.zeros((K_WIDTH, V_WIDTH), tl.float32)
+    norm_state = tl.zeros((K_WIDTH,), tl.float32)
+    for step in range(num_states):
+        number = step
+        chunk = step
+        if BACKWARD:
+            number = num_states - 1 - step
+            chunk = number + 1
+        factor = tl.load(keep + number)
+        state *= factor
+        norm_state *= factor
+        for block in range(0, chunk_size, BLOCK):
+            places = chunk * chunk_size + block + tl.arange(0, BLOCK)
+            inside = places < seq_len
+            keys = _vectors(key, places, first_k, seq_len, heads, DH, K_WIDTH, REVERSE)
+            values = _vectors(value, places, first_v, seq_len, heads, DH, V_WIDTH, REVERSE)
+            weighted = keys.to(tl.float32) * tl.load(weight + places, inside, 0.0)[:, None]
+            state += _dot(tl.trans(weighted), values.to(tl.float32), STATE_PRECISION)
+            norm_state += tl.sum(weighted * tl.load(value_sum + places, inside, 0.0)[:, None], axis=0)
+        place = head * num_states + number
+        tl.store(
+            memory + place * DH * DH + k[:, None] * DH + v[None, :], state, mask=(k < DH)[:, None] & (v < DH)[None, :]
+        )
+        if first_v == 0:
+            tl.store(norm + place * DH + k, norm_state, mask=k < DH)
+
+
+@triton.jit
+def forward_kernel(
+    query,
+    key,
+    value,
+    coarse,
+    fine,
+    igate,
+    stab,
+    floor,  # (BH, S): exp(-stab)
+    eps,  # (BH, S): eps * exp(m - stab)
+    read,  # (BH, S): weight with which a token reads the state
+    memory,
+    norm,
+    hidden,  # result
+    read_sum,  # (BH, S): result, the sum of a row of weights
+    scale,
+    seq_len,
+    heads,
+    num_states,
+    chunk_size,
+    DH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    K_WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STATE_PRECISION: tl.constexpr,
+):
+    """A block of tokens reads its chunk up to itself, and the state that enters the chunk."""
+    head = tl.program_id(0).to(tl.int64)
+    first_row, first_v = tl.program_id(1) * BLOCK, tl.program_id(2) * V_WIDTH
+    start = (head // heads) * seq_len * heads * DH + (head % heads) * DH
+    query, key, value, hidden = query + start, key + start, value + start, hidden + start
+    numbers = head * seq_len
+    coarse, fine, igate, stab = coarse + numbers, fine + numbers, igate + numbers, stab + numbers
+    rows = first_row + tl.arange(0, BLOCK)
+    inside = rows < seq_len
+    chunk = first_row // chunk_size
+
+    numerator = tl.zeros((BLOCK, V_WIDTH), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first_column in range(chunk * chunk_size, first_row + BLOCK, BLOCK):
+        columns = first_column + tl.arange(0, BLOCK)
+        scores = _inner(query, key, rows, columns, seq_len, heads, DH, K_WIDTH, REVERSE, PRECISION) * scale
+        scores *= _decay(coarse, fine, igate, stab, rows, columns, seq_len)
+        values = _vectors(value, columns, first_v, seq_len, heads, DH, V_WIDTH, REVERSE)
+        numerator += _dot(scores.to(values.dtype), values, PRECISION)
+        total += tl.sum(scores, axis=1)
+    if chunk > 0:
+        weight = tl.load(read + numbers + rows, inside, 0.0)
+        place = head * num_states + chunk - 1
+        for first_k in range(0, DH, K_WIDTH):
+            queries = _vectors(query, rows, first_k, seq_len, heads, DH, K_WIDTH, REVERSE)
+            state = _matrix(memory + place * DH * DH, first_k, first_v, DH, K_WIDTH, V_WIDTH)
+            numerator += weight[:, None] * _dot(queries.to(tl.float32), state, STATE_PRECISION)
+            k = first_k + tl.arange(0, K_WIDTH)
+            norm_state = tl.load(norm + place * DH + k, mask=k < DH, other=0.0)
+            total += weight * tl.sum(queries.to(tl.float32) * norm_state[None, :], axis=1)
+    floor_t, eps_t = tl.load(floor + numbers + rows, inside, 1.0), tl.load(eps + numbers + rows, inside, 0.0)
+    result = numerator / (tl.maximum(tl.abs(total), floor_t) + eps_t)[:, None]
+    _store_vectors(hidden, result, rows, first_v, seq_len, heads, DH, V_WIDTH, REVERSE)
+    if first_v == 0:
+        tl.store(read_sum + numbers + rows, total, mask=inside)
+
+
+@triton.jit
+def query_grad_kernel(
+    query,
+    key,
+    value,
+    hidden_grad,
+    coarse,
+    fine,
+    igate,
+    stab,
+    inverse,  # (BH, S): 1 / denominator
+    sum_grad,  # (BH, S): gradient of the sum of a row of weights
+    read,
+    memory,
+    norm,
+    query_grad,  # results
+    log_grad,  # (BH, tiles, S): gradient of the logarithms of a row of weights, a part for each tile of channels
+    scale,
+    seq_len,
+    heads,
+    num_states,
+    chunk_size,
+    DH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    K_WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STATE_PRECISION: tl.constexpr,
+):
+    head = tl.program_id(0).to(tl.int64)
+    first_row, first_k = tl.program_id(1) * BLOCK, tl.program_id(2) * K_WIDTH
+    start = (head // heads) * seq_len * heads * DH + (head % heads) * DH
+    query, key, value = query + start, key + start, value + start
+    hidden_grad, query_grad = hidden_grad + start, query_grad + start
+    numbers = head * seq_len
+    coarse, fine, igate, stab = coarse + numbers, fine + numbers, igate + numbers, stab + numbers
+    rows = first_row + tl.arange(0, BLOCK)
+    inside = rows < seq_len
+    inverse_t = tl.load(inverse + numbers + rows, inside, 0.0)[:, None]
+    sum_grad_t = tl.load(sum_grad + numbers + rows, inside, 0.0)[:, None]
+    chunk = first_row // chunk_size
+
+    grad = tl.zeros((BLOCK, K_WIDTH), tl.float32)
+    through_state = tl.zeros((BLOCK, K_WIDTH), tl.float32)
+    logs = tl.zeros((BLOCK,), tl.float32)
+    for first_column in range(chunk * chunk_size, first_row + BLOCK, BLOCK):
+        columns = first_column + tl.arange(0, BLOCK)
+        weight_grad = _inner(hidden_grad, value, rows, columns, seq_len, heads, DH, V_WIDTH, REVERSE, PRECISION)
+        weight_grad = weight_grad * inverse_t + sum_grad_t
+        weight_grad *= scale * _decay(coarse, fine, igate, stab, rows, columns, seq_len)
+        if first_k == 0:
+            products = _inner(query, key, rows, columns, seq_len, heads, DH, V_WIDTH, REVERSE, PRECISION)
+            logs += tl.sum(weight_grad * products, axis=1)
+        keys = _vectors(key, columns, first_k, seq_len, heads, DH, K_WIDTH, REVERSE)
+        grad += _dot(weight_grad.to(keys.dtype), keys, PRECISION)
+    if chunk > 0:
+        weight = tl.load(read + numbers + rows, inside, 0.0)[:, None]
+        place = head * num_states + chunk - 1
+        for first_v in range(0, DH, V_WIDTH):
+            grads = _vectors(hidden_grad, rows, first_v, seq_len, heads, DH, V_WIDTH, REVERSE)
+            state = _matrix(memory + place * DH * DH, first_k, first_v, DH, K_WIDTH, V_WIDTH)
+            product = _dot(grads.to(tl.float32), tl.trans(state), STATE_PRECISION)
+            through_state += weight * inverse_t * product
+        k = first_k + tl.arange(0, K_WIDTH)
+        through_state += weight * sum_grad_t * tl.load(norm + place * DH + k, mask=k < DH, other=0.0)[None, :]
+    own_queries = _vectors(query, rows, first_k, seq_len, heads, DH, K_WIDTH, REVERSE).to(tl.float32)
+    part = (head * tl.num_programs(2) + tl.program_id(2)) * seq_len
+    tl.store(log_grad + part + rows, logs + tl.sum(own_queries * through_state, axis=1), mask=inside)
+    _store_vectors(query_grad, grad + through_state, rows, first_k, seq_len, heads, DH, K_WIDTH, REVERSE)
+
+
+@triton.jit
+def key_value_grad_kernel(
+    query,
+    key,
+    value,
+    hidden_grad,
+    coarse,
+    fine,
+    igate,
+    stab,
+    inverse,
+    sum_grad,
+    weight,  # (BH, S): with which a token is written to the next state
+    memory_grad,
+    norm_grad,
+    key_grad,  # results
+    value_grad,
+    log_grad,  # (BH, tiles, S): gradient of the logarithms of a column of weights, a part for each tile of channels
+    scale,
+    seq_len,
+    heads,
+    num_states,
+    chunk_size,
+    DH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STATE_PRECISION: tl.constexpr,
+):
+    head = tl.program_id(0).to(tl.int64)
+    first_column, first = tl.program_id(1) * BLOCK, tl.program_id(2) * WIDTH
+    start = (head // heads) * seq_len * heads * DH + (head % heads) * DH
+    query, key, value, hidden_grad = query + start, key + start, value + start, hidden_grad + start
+    key_grad, value_grad = key_grad + start, value_grad + start
+    numbers = head * seq_len
+    coarse, fine, igate, stab = coarse + numbers, fine + numbers, igate + numbers, stab + numbers
+    columns = first_column + tl.arange(0, BLOCK)
+    chunk = first_column // chunk_size
+
+    k_grad = tl.zeros((BLOCK, WIDTH), tl.float32)
+    v_grad = tl.zeros((BLOCK, WIDTH), tl.float32)
+    through_state = tl.zeros((BLOCK, WIDTH), tl.float32)
+    logs = tl.zeros((BLOCK,), tl.float32)
+    for first_row in range(first_column, tl.minimum((chunk + 1) * chunk_size, seq_len), BLOCK):
+        rows = first_row + tl.arange(0, BLOCK)
+        inside = rows < seq_len
+        inverse_t = tl.load(inverse + numbers + rows, inside, 0.0)[:, None]
+        sum_grad_t = tl.load(sum_grad + numbers + rows, inside, 0.0)[:, None]
+        decay = scale * _decay(coarse, fine, igate, stab, rows, columns, seq_len)
+        products = _inner(query, key, rows, columns, seq_len, heads, DH, WIDTH, REVERSE, PRECISION)
+        weights = products * decay * inverse_t
+        weight_grad = _inner(hidden_grad, value, rows, columns, seq_len, heads, DH, WIDTH, REVERSE, PRECISION)
+        weight_grad = (weight_grad * inverse_t + sum_grad_t) * decay
+        if first == 0:
+            logs += tl.sum(weight_grad * products, axis=0)
+        grads = _vectors(hidden_grad, rows, first, seq_len, heads, DH, WIDTH, REVERSE)
+        queries = _vectors(query, rows, first, seq_len, heads, DH, WIDTH, REVERSE)
+        v_grad += _dot(tl.trans(weights.to(grads.dtype)), grads, PRECISION)
+        k_grad += _dot(tl.trans(weight_grad.to(queries.dtype)), queries, PRECISION)
+    if chunk < num_states:
+        written = tl.load(weight + numbers + columns, columns < seq_len, 0.0)[:, None]
+        place = head * num_states + chunk
+        for other in range(0, DH, WIDTH):
+            values = _vectors(value, columns, other, seq_len, heads, DH, WIDTH, REVERSE)
+            keys = _vectors(key, columns, other, seq_len, heads, DH, WIDTH, REVERSE)
+            for_keys = _matrix(memory_grad + place * DH * DH, first, other, DH, WIDTH, WIDTH)
+            for_values = _matrix(memory_grad + place * DH * DH, other, first, DH, WIDTH, WIDTH)
+            through_state += written * _dot(values.to(tl.float32), tl.trans(for_keys), STATE_PRECISION)
+            v_grad += written * _dot(keys.to(tl.float32), for_values, STATE_PRECISION)
+        k = first + tl.arange(0, WIDTH)
+        through_state += written * tl.load(norm_grad + place * DH + k, mask=k < DH, other=0.0)[None, :]
+    own_keys = _vectors(key, columns, first, seq_len, heads, DH, WIDTH, REVERSE).to(tl.float32)
+    part = (head * tl.num_programs(2) + tl.program_id(2)) * seq_len
+    tl.store(log_grad + part + columns, logs + tl.sum(own_keys * through_state, axis=1), mask=columns < seq_len)
+    _store_vectors(key_grad, k_grad + through_state, columns, first, seq_len, heads, DH, WIDTH, REVERSE)
+    _store_vectors(value_grad, v_grad, columns, first, seq_len, heads, DH, WIDTH, REVERSE)

@@ -1,0 +1,338 @@
+"""The mLSTM in fused Triton kernels, for GPUs; with `TRITON_INTERPRET=1` in the environment also on a CPU, slowly.
+
+As in `parallel.py` a token reads the earlier ones with weights W_ts = q_t . k_s / sqrt(DH) * exp(F_t - F_s + a_s - stab_t). The
+stabiliser needs nothing but the gates, so it is known beforehand (a cumulative maximum), and the sum over s can be taken block
+by block without ever storing an S x S matrix:
+
+- up to `ONE_PASS_UP_TO` tokens, every block of tokens reads all earlier blocks: one kernel;
+- longer sequences are cut into chunks: a block reads its own chunk and the state that enters it, which one kernel computes for
+  all chunks before. Time and memory are linear in S.
+
+The backward pass stores no weights either: it computes them again, the gradients of q in one kernel by rows, those of k, v and
+the gates in another by columns. No sum depends on the order in which programs run, so results are the same at every run.
+
+Gates, their sums and the normaliser take S numbers a head: plain torch prepares them, and differentiates what leads to them.
+"""
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from vil_lightning.ops import triton_kernels as kernels
+
+ONE_PASS_UP_TO = 512
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+INTERPRETED = not isinstance(kernels.forward_kernel, triton.runtime.JITFunction)
+_BLOCK = 64  # tokens
+
+
+def mlstm_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    igate: Tensor,
+    log_fgate: Tensor,
+    *,
+    reverse: bool,
+    chunk_size: int,
+    eps: float,
+    block: int = _BLOCK,
+) -> Tensor:
+    """Shapes as in `mlstm`, `log_fgate` as in `mlstm_recurrent`.
+
+    Args:
+        chunk_size: Of sequences above `ONE_PASS_UP_TO` tokens; rounded up to whole blocks.
+        block: Tokens a program handles at a time, a power of 2 from 16.
+
+    Raises:
+        ValueError: For a dtype that is not in `DTYPES`, or different ones, and on a CPU without Triton's interpreter.
+    """
+    if q.device.type == "cpu" and not INTERPRETED:
+        raise ValueError(
+            "mlstm: backend 'triton' runs on GPUs. On a CPU use another one; TRITON_INTERPRET=1 in the environment runs the "
+            "kernels there for tests, very slowly."
+        )
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ValueError(
+            f"mlstm: backend 'triton' takes q, k, v of one dtype, {allowed}; got {q.dtype}, {k.dtype}, {v.dtype}."
+        )
+    if reverse:
+        igate, log_fgate = (
+            igate.flip(-1),
+            log_fgate.flip(-1),
+        )  # 1 / DH of the size of q, k or v; from here in scan order
+    decay_sum = log_fgate.double().cumsum(-1)
+    row_max = decay_sum + (igate.double() - decay_sum).cummax(-1).values
+    seq_len = q.shape[2]
+    one_pass = seq_len <= ONE_PASS_UP_TO
+    chunk_blocks = -(-(seq_len if one_pass else chunk_size) // block)
+    hidden, _ = _forward(q, k, v, decay_sum, igate.float(), row_max, reverse, chunk_blocks * block, block, eps)
+    return hidden
+
+
+@torch.library.custom_op("vil_lightning::mlstm", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay_sum: Tensor,
+    igate: Tensor,
+    row_max: Tensor,
+    reverse: bool,
+    chunk_size: int,
+    block: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Output (B, NH, S, DH) and the sums of the rows of weights (B, NH, S).
+
+    Args:
+        decay_sum: F (B, NH, S), float64, like the following in the order of the scan.
+        igate: a (B, NH, S), float32.
+        row_max: max over s of F_t - F_s + a_s, (B, NH, S), float64.
+        chunk_size: A multiple of `block`.
+    """
+    q, k, v = (_token_major(x) for x in (q, k, v))
+    gates = _Gates(decay_sum, igate, row_max, chunk_size, eps)
+    hidden, read_sum = torch.empty_like(q), torch.empty_like(igate, memory_format=torch.contiguous_format)
+    settings = _settings(q, reverse, block)
+    states = _states(k, v, gates.write / math.sqrt(q.shape[-1]), torch.ones_like(gates.write), gates, settings, False)
+    v_width = _wide(q.shape[-1])
+    kernels.forward_kernel[_grid(q, block, v_width)](
+        *(q, k, v),
+        *(gates.coarse, gates.fine, gates.igate, gates.stab, gates.floor, gates.eps, gates.read),
+        *states,
+        *(hidden, read_sum),
+        1 / math.sqrt(q.shape[-1]),
+        *gates.sizes(q),
+        **settings,
+        K_WIDTH=_narrow(q.shape[-1]),
+        V_WIDTH=v_width,
+    )
+    return hidden.transpose(1, 2), read_sum
+
+
+@_forward.register_fake
+def _(q, k, v, decay_sum, igate, row_max, reverse, chunk_size, block, eps):  # type: ignore[no-untyped-def]
+    batch, heads, seq_len, head_dim = q.shape
+    return q.new_empty(batch, seq_len, heads, head_dim).transpose(1, 2), igate.new_empty(batch, heads, seq_len)
+
+
+@torch.library.custom_op("vil_lightning::mlstm_backward", mutates_args=())
+def _backward(
+    hidden_grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay_sum: Tensor,
+    igate: Tensor,
+    row_max: Tensor,
+    hidden: Tensor,
+    read_sum: Tensor,
+    reverse: bool,
+    chunk_size: int,
+    block: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, `decay_sum`, `igate` and `row_max`."""
+    q, k, v, hidden, hidden_grad = (_token_major(x) for x in (q, k, v, hidden, hidden_grad))
+    gates = _Gates(decay_sum, igate, row_max, chunk_size, eps)
+    settings = _settings(q, reverse, block)
+    head_dim = q.shape[-1]
+    scale = 1 / math.sqrt(head_dim)
+
+    # h = N / (max(|n|, floor) + eps): what the denominator passes on, a number a token.
+    product = (hidden_grad.float() * hidden.float()).sum(-1).transpose(1, 2)  # (B, NH, S)
+    product = product.flip(-1) if reverse else product
+    free = read_sum.abs() > gates.floor
+    inverse = 1 / (torch.maximum(read_sum.abs(), gates.floor) + gates.eps)
+    denominator_grad = -product * inverse
+    sum_grad = torch.where(free, denominator_grad * read_sum.sign(), 0.0)
+    row_max_grad = denominator_grad * gates.eps
+
+    write = gates.write * scale
+    states = _states(k, v, write, torch.ones_like(write), gates, settings, False)
+    narrow, wide = _narrow(head_dim), _wide(head_dim)
+    q_grad = torch.empty_like(q)
+    grid = _grid(q, block, wide)
+    row_grad = q.new_empty(grid[0], grid[2], q.shape[1], dtype=torch.float32)
+    kernels.query_grad_kernel[grid](
+        *(q, k, v, hidden_grad),
+        *(gates.coarse, gates.fine, gates.igate, gates.stab, inverse, sum_grad, gates.read),
+        *(*states, q_grad, row_grad),
+        scale,
+        *gates.sizes(q),
+        **settings,
+        K_WIDTH=wide,
+        V_WIDTH=narrow,
+    )
+    del states
+    # Of the state: what reads it is weighted as the numerator is, and the normaliser by its own gradient.
+    read = gates.read * inverse
+    state_grads = _states(q, hidden_grad, read, sum_grad / inverse, gates, settings, True)
+    k_grad, v_grad = torch.empty_like(k), torch.empty_like(v)
+    grid = _grid(q, block, narrow)
+    column_grad = q.new_empty(grid[0], grid[2], q.shape[1], dtype=torch.float32)
+    kernels.key_value_grad_kernel[grid](
+        *(q, k, v, hidden_grad),
+        *(gates.coarse, gates.fine, gates.igate, gates.stab, inverse, sum_grad, write),
+        *(*state_grads, k_grad, v_grad, column_grad),
+        scale,
+        *gates.sizes(q),
+        **settings,
+        WIDTH=narrow,
+    )
+    # The logarithm of a weight is F_t - F_s + a_s + ...: gradients summed over rows and over columns, from what is not yet
+    # rounded to the dtype of q and k, since they nearly cancel.
+    row_grad, column_grad = (x.sum(1).view_as(igate) for x in (row_grad, column_grad))
+    decay_sum_grad = row_grad.double() - column_grad.double()
+    q_grad, k_grad, v_grad = (x.transpose(1, 2) for x in (q_grad, k_grad, v_grad))
+    return q_grad, k_grad, v_grad, decay_sum_grad, column_grad, row_max_grad.double()
+
+
+@_backward.register_fake
+def _(hidden_grad, q, k, v, decay_sum, igate, row_max, hidden, read_sum, reverse, chunk_size, block, eps):  # type: ignore[no-untyped-def]
+    batch, heads, seq_len, head_dim = q.shape
+    vectors = (q.new_empty(batch, seq_len, heads, head_dim).transpose(1, 2) for _ in range(3))
+    numbers = (igate.new_empty(batch, heads, seq_len, dtype=x) for x in (torch.float64, torch.float32, torch.float64))
+    return *vectors, *numbers
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.reverse, ctx.chunk_size, ctx.block, ctx.eps = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, hidden_grad, _):  # type: ignore[no-untyped-def]
+    if hidden_grad is None:
+        return (None,) * 10
+    grads = _backward(hidden_grad, *ctx.saved_tensors, ctx.reverse, ctx.chunk_size, ctx.block, ctx.eps)
+    return *grads, None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+# --- what kernels are given -------------------------------------------------------------------------------------------
+
+
+class _Gates:
+    """What the gates amount to, (B, NH, S) in float32 and in the order of the scan.
+
+    The state that enters a chunk is scaled by exp(-stab) of the last token before it. All exponents here are at most 0.
+    """
+
+    def __init__(self, decay_sum: Tensor, igate: Tensor, row_max: Tensor, chunk_size: int, eps: float) -> None:
+        stab = row_max.clamp(min=0)
+        self.coarse = decay_sum.float()
+        self.fine = (decay_sum - self.coarse).float()
+        self.igate = igate.contiguous()
+        self.stab = stab.float()
+        self.floor = torch.exp(-stab).float()
+        self.eps = eps * torch.exp(row_max - stab).float()
+        self.chunk_size = chunk_size
+        seq_len = igate.shape[-1]
+        self.num_states = -(-seq_len // chunk_size) - 1  # none enters the first chunk
+        ends = torch.arange(1, self.num_states + 1, device=igate.device) * chunk_size - 1
+        chunk = torch.arange(seq_len, device=igate.device) // chunk_size
+        if self.num_states == 0:
+            self.read = self.write = torch.zeros_like(self.stab)
+            self.keep = self.stab[..., :0]
+            return
+        end_sum, end_stab = decay_sum[..., ends], stab[..., ends]
+        before, after = (chunk - 1).clamp(min=0), chunk.clamp(max=self.num_states - 1)
+        read = torch.exp(decay_sum - end_sum[..., before] + end_stab[..., before] - stab)
+        write = torch.exp(end_sum[..., after] - decay_sum + igate - end_stab[..., after])
+        self.read = torch.where(chunk > 0, read, 0.0).float().contiguous()
+        self.write = torch.where(chunk < self.num_states, write, 0.0).float().contiguous()
+        # From each state to the next one.
+        self.keep = torch.exp(end_sum.diff(dim=-1) - end_stab.diff(dim=-1)).float()
+
+    def sizes(self, x: Tensor) -> tuple[int, int, int, int]:
+        """Of the kernels' arguments, for vectors (B, S, NH, DH)."""
+        return x.shape[1], x.shape[2], self.num_states, self.chunk_size
+
+
+def _states(
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    value_sum: Tensor,
+    gates: _Gates,
+    settings: dict[str, object],
+    backward: bool,
+) -> tuple[Tensor, Tensor]:
+    """Memories (B * NH, N, DH, DH) and normalisers (B * NH, N, DH) that enter the chunks but the first, or their gradients."""
+    batch, _, heads, head_dim = key.shape
+    count, k_width, v_width = gates.num_states, _narrow(head_dim), _wide(head_dim)
+    memory = key.new_empty(batch * heads, count, head_dim, head_dim, dtype=torch.float32)
+    norm = key.new_empty(batch * heads, count, head_dim, dtype=torch.float32)
+    if count == 0:
+        return memory, norm
+    # The factor belongs to the step that the state takes before a chunk is added to it; the first step starts from 0.
+    one = gates.stab.new_ones(*gates.stab.shape[:2], 1)
+    keep = torch.cat([gates.keep, one] if backward else [one, gates.keep], dim=-1).contiguous()
+    grid = (batch * heads, -(-head_dim // k_width), -(-head_dim // v_width))
+    kernels.states_kernel[grid](
+        *(key, value, weight.contiguous(), value_sum.contiguous(), keep, memory, norm),
+        *gates.sizes(key),
+        **settings,
+        K_WIDTH=k_width,
+        V_WIDTH=v_width,
+        BACKWARD=backward,
+    )
+    return memory, norm
+
+
+def _settings(x: Tensor, reverse: bool, block: int) -> dict[str, object]:
+    """Compile-time arguments of all kernels."""
+    exact = torch.get_float32_matmul_precision() == "highest"
+    precision = "interpreted" if INTERPRETED else "ieee" if exact else "tf32"
+    # States are kept in float32. Rounded to half precision, they would not agree on the gradient of what flows through them.
+    state_precision = "tf32" if precision == "ieee" and x.dtype != torch.float32 else precision
+    settings = {"DH": x.shape[-1], "BLOCK": block, "REVERSE": reverse}
+    return {**settings, "PRECISION": precision, "STATE_PRECISION": state_precision}
+
+
+def _grid(x: Tensor, block: int, width: int) -> tuple[int, int, int]:
+    batch, seq_len, heads, head_dim = x.shape
+    return batch * heads, -(-seq_len // block), -(-head_dim // width)
+
+
+def _narrow(head_dim: int) -> int:
+    """Width of a tile that is summed over: without padding for 96, 192 and 384, the published widths."""
+    return next((width for width in (64, 32, 16) if head_dim % width == 0), 32 if head_dim > 16 else 16)
+
+
+def _wide(head_dim: int) -> int:
+    """Width of a tile of the result: a power of 2, and the fewer tiles, the fewer products are computed again."""
+    return min(128, max(16, 1 << (head_dim - 1).bit_length()))
+
+
+def _token_major(x: Tensor) -> Tensor:
+    """(B, NH, S, DH) -> (B, S, NH, DH), contiguous; the backbones' tensors are without a copy."""
+    return x.transpose(1, 2).contiguous()
+
+
+def _flops(q_shape: torch.Size, chunk_size: int) -> int:
+    """Multiply-adds x 2 of the forward pass, counted without the halves of tiles that are masked."""
+    batch, heads, seq_len, head_dim = q_shape
+    num_chunks = -(-seq_len // chunk_size)
+    last = seq_len - (num_chunks - 1) * chunk_size
+    pairs = (num_chunks - 1) * chunk_size * (chunk_size + 1) // 2 + last * (last + 1) // 2
+    through_states = (num_chunks - 1) * chunk_size + (seq_len - chunk_size if num_chunks > 1 else 0)  # written, read
+    return batch * heads * (4 * head_dim * pairs + 2 * head_dim * head_dim * through_states)
+
+
+@register_flop_formula(torch.ops.vil_lightning.mlstm)
+def _forward_flops(q_shape, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return _flops(q_shape, args[6])
+
+
+@register_flop_formula(torch.ops.vil_lightning.mlstm_backward)
+def _backward_flops(grad_shape, q_shape, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return 2 * _flops(q_shape, args[8])
