@@ -291,6 +291,7 @@ class EvalTransform:
         self.img_size = img_size
         self.crop_pct = crop_pct
         self.short_side = math.floor(img_size / crop_pct)
+        self.options: dict[str, Any] = {}  # what a subclass does besides: features in a cache are told apart by it
 
     def __call__(self, picture: Picture, generators: Callable[[int], Rng] | None = None) -> Tensor:
         image = resize_short_side(pixels(picture), self.short_side)

@@ -75,6 +75,7 @@ def extract(
     precision: Precision = "32",
     device: str = "auto",
     progress: bool = True,
+    shown: float = 1.0,
 ) -> dict[str, FeatureSet]:
     """Read-outs of a network on a split, by name, in one pass over the images or from the cache.
 
@@ -89,6 +90,7 @@ def extract(
         precision: "bf16" computes under autocast and keeps features in bfloat16.
         device: "auto" takes the process's CUDA device if there is one.
         progress: Show a bar on the first process.
+        shown: Share of the rows of patches that the network is shown, from the top; see `read_out`.
 
     Raises:
         ConfigError: Before the first image, for a read-out that is not known or not possible with this network, a size that the
@@ -110,13 +112,17 @@ def extract(
         backbone = build_backbone(config, quiet=True)
     backbone.eval().requires_grad_(False).to(place)
     check_input_size(backbone, data.img_size, "data.img_size")
-    run = _Pass(backbone, data, source, precision, place, f"Features of {split}" if progress and rank == 0 else None)
+    run = _Pass(
+        backbone, data, source, precision, place, f"Features of {split}" if progress and rank == 0 else None, shown
+    )
     dims = run.dims(readouts)
 
     weights = weights_hash(backbone)
     if len(set(gather(weights))) > 1:
         raise ConfigError(f"backbone.weights={config.weights}: the processes hold different weights. Is it one file?")
     parts = on_first(lambda: key_parts(config, weights, data, source, precision))
+    if shown < 1:
+        parts["shown"] = shown
     keys = {name: content_key({**parts, "readout": name}) for name in readouts}
     meta = {"parts": parts, "dtype": run.dtype_name, "num_source": len(source), **run.circumstances()}
     if cache_dir is None:
@@ -157,6 +163,7 @@ def key_parts(
             "crop_pct": transform.crop_pct,
             "mean": list(data.mean),
             "std": list(data.std),
+            **transform.options,
         },
         "precision": precision,
     }
@@ -170,6 +177,7 @@ class _Pass:
 
     Args:
         title: Of the progress bar; None for none.
+        shown: Share of the rows of patches.
     """
 
     def __init__(
@@ -180,12 +188,14 @@ class _Pass:
         precision: str,
         device: torch.device,
         title: str | None,
+        shown: float = 1.0,
     ) -> None:
         self.backbone = backbone
         self.data = data
         self.source = source
         self.device = device
         self.title = title
+        self.shown = shown
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.dtype_name = str(self.dtype).removeprefix("torch.")
 
@@ -265,7 +275,7 @@ class _Pass:
     def _features(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         images = self.data.normalize(images.to(self.device, non_blocking=True))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            results = read_out(self.backbone, images.float(), names)
+            results = read_out(self.backbone, images.float(), names, self.shown)
         return {name: rows.to(self.dtype).cpu() for name, rows in results.items()}
 
 

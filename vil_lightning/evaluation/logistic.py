@@ -43,17 +43,35 @@ class LinearClassifier:
 
     @torch.no_grad()
     def evaluate(
-        self, features: Tensor, labels: Tensor, rows: Tensor | None = None, chunk_size: int = 8192
+        self,
+        features: Tensor,
+        labels: Tensor,
+        rows: Tensor | None = None,
+        chunk_size: int = 8192,
+        classes: Tensor | None = None,
     ) -> tuple[Tensor, float]:
-        """Which images are classified correctly, bool (M,) on the CPU, and their mean cross-entropy."""
+        """Which images are classified correctly, bool (M,) on the CPU, and their mean cross-entropy.
+
+        Args:
+            classes: The ones that are possible; None for all.
+        """
         correct, loss = [], 0.0
         for part, x in chunks(features, rows, chunk_size):
             y = labels[part].to(self.weight.device)
-            scores = _scores(x, self.weight, self.bias, self.mean, self.std)
+            scores = among(_scores(x, self.weight, self.bias, self.mean, self.std), classes)
             correct.append((scores.argmax(1) == y).cpu())
             loss += float(F.cross_entropy(scores, y, reduction="sum"))
         hits = torch.cat(correct)
         return hits, loss / len(hits)
+
+
+def among(scores: Tensor, classes: Tensor | None) -> Tensor:
+    """Scores (N, C), -inf for those that are not among `classes`; None for all."""
+    if classes is None:
+        return scores
+    impossible = torch.ones(scores.shape[1], dtype=torch.bool, device=scores.device)
+    impossible[classes.to(scores.device)] = False
+    return scores.masked_fill(impossible, -torch.inf)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Linear probes on cached features: published protocols by name, and a sweep of our own.
+"""Linear probes on cached features or on augmented images: published protocols by name, and a sweep of our own.
 
 Every protocol trains one linear classifier ("head") for each combination of read-out, learning rate and weight decay, all side
 by side in one pass over the features. With more than one head, the winner is chosen on held-out training images and reported
@@ -7,6 +7,7 @@ on val; val's labels take no part in anything but the reported numbers.
 What is published (with the code that was read) and what differs here is in `PROTOCOLS`; the `deviations` belong to the result.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Literal
@@ -27,7 +28,10 @@ from vil_lightning.evaluation.scores import Score, accuracy_score
 from vil_lightning.optim import scale_lr
 from vil_lightning.schedules import cosine, linear_then_constant
 
-__all__ = ["PROTOCOLS", "Head", "ProbeResult", "Protocol", "few_labels", "probe"]
+# Of batches of row numbers (B,): the same numbers, and features (B, D) of views of these images by read-out.
+Views = Callable[[Iterator[Tensor]], Iterator[tuple[Tensor, Mapping[str, Tensor]]]]
+
+__all__ = ["PROTOCOLS", "Head", "ProbeResult", "Protocol", "Views", "few_labels", "probe"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class Protocol:
 _CACHED = "features of the eval transform, computed once, instead of random resized crops and flips in every epoch"
 _READOUT = "the read-outs are those passed in, instead of the class token"
 _LAST_EPOCH = "the head of the last epoch, instead of the epoch that is best on val"
+_STATISTICS = "features are standardised by the statistics of unchanged training images"
 _HELD_OUT = "the head is chosen on held-out training images, which it is not trained on, instead of on val"
 _ONE_PROCESS = "batches of one process, without the repeated images that fill up the last batch of several"
 
@@ -187,6 +192,22 @@ class ProbeResult:
     published: str
     deviations: tuple[str, ...]
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the score should know."""
+        notes = [f"deviation: {text}" for text in self.deviations]
+        winner = self.winner
+        if winner.held_out is not None:
+            notes.insert(
+                0, f"chosen on {self.num_held_out} held-out images: {winner.name}, {winner.held_out:.1f} % there"
+            )
+        for key, what in (("base_lr", "learning rate"), ("weight_decay", "weight decay")):
+            values = sorted({getattr(head, key) for head in self.heads})
+            ends = [value for value in (values[0], values[-1]) if value > 0]
+            if len(values) > 2 and getattr(winner, key) in ends:
+                notes.append(f"the chosen {what} {getattr(winner, key):g} is at the end of those tried")
+        return tuple(notes)
+
 
 def probe(
     protocol: str | Protocol,
@@ -201,6 +222,7 @@ def probe(
     seed: int = 0,
     device: str | torch.device = "cpu",
     progress: Callable[[int, int], None] | None = None,
+    views: Views | None = None,
 ) -> ProbeResult:
     """Train all heads of a protocol, choose, and score val.
 
@@ -220,6 +242,8 @@ def probe(
         seed: Of the held-out images, the weights and the order of the images.
         device: Where heads are trained; features are moved there a batch at a time.
         progress: Called with the steps done and their total.
+        views: Of the batches of row numbers (B,), the features of new views of these images, by read-out, that are trained on.
+            None trains on `train`, which otherwise serves for statistics and the held-out images only.
     """
     if isinstance(protocol, str):
         if protocol not in PROTOCOLS:
@@ -246,11 +270,10 @@ def probe(
         )
         for name, features in train.items()
     }
-    batches = _batches(kept, batch_size, per_epoch, torch.Generator().manual_seed(seed))
-    for step in range(num_steps):
-        batch = next(batches)
+    batches = itertools.islice(_batches(kept, batch_size, per_epoch, torch.Generator().manual_seed(seed)), num_steps)
+    for step, (batch, features) in enumerate((views or _cached(train))(batches)):
         for name, group in heads.items():
-            group.step(train[name][batch], train_labels[batch], factor=_lr_factor(protocol, step, num_steps, per_epoch))
+            group.step(features[name], train_labels[batch], factor=_lr_factor(protocol, step, num_steps, per_epoch))
         if progress is not None:
             progress(step + 1, num_steps)
 
@@ -275,7 +298,7 @@ def probe(
     assert correct is not None
     return ProbeResult(
         score=accuracy_score(
-            f"linear probe, {protocol.name}", correct, _protocol_id(protocol, batch_size, held_out, held)
+            f"linear probe, {protocol.name}", correct, _protocol_id(protocol, batch_size, held_out, held, views)
         ),
         winner=winner,
         heads=results,
@@ -284,8 +307,26 @@ def probe(
         batch_size=batch_size,
         num_steps=num_steps,
         published=protocol.published,
-        deviations=protocol.deviations + (_HELD_OUT,) * (len(held) > 0 and _HELD_OUT not in protocol.deviations),
+        deviations=_deviations(protocol, len(held) > 0, views),
     )
+
+
+def _deviations(protocol: Protocol, chosen: bool, views: Views | None) -> tuple[str, ...]:
+    found = protocol.deviations + (_HELD_OUT,) * (chosen and _HELD_OUT not in protocol.deviations)
+    if views is None:
+        return found
+    of_statistics = (_STATISTICS,) * (protocol.scaling == "standardise")
+    return tuple(text for text in found if text != _CACHED) + of_statistics
+
+
+def _cached(train: Mapping[str, Tensor]) -> Views:
+    """The views that every image has in the cache."""
+
+    def views(batches: Iterator[Tensor]) -> Iterator[tuple[Tensor, Mapping[str, Tensor]]]:
+        for batch in batches:
+            yield batch, {name: features[batch] for name, features in train.items()}
+
+    return views
 
 
 def _lr_factor(protocol: Protocol, step: int, num_steps: int, per_epoch: int) -> float:
@@ -354,9 +395,11 @@ def _check(
     return num_classes
 
 
-def _protocol_id(protocol: Protocol, batch_size: int, held_out: float | Tensor, held: Tensor) -> str:
-    """`probe/NAME/cached`, then what differs from the protocol of that name, and how many images the choice was made on."""
-    parts = ["probe", protocol.name, "cached"]
+def _protocol_id(
+    protocol: Protocol, batch_size: int, held_out: float | Tensor, held: Tensor, views: Views | None
+) -> str:
+    """`probe/NAME/cached` (or `augmented`), then what differs from that protocol, and how many images were held out."""
+    parts = ["probe", protocol.name, "cached" if views is None else "augmented"]
     standard = PROTOCOLS.get(protocol.name)
     for key in (item.name for item in fields(Protocol) if item.compare):
         value = batch_size if key == "batch_size" else getattr(protocol, key)

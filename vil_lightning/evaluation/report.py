@@ -83,7 +83,7 @@ def print_table(results: dict[str, Any]) -> None:
     table.add_column("score")
     table.add_column("% (95 % interval)", justify="right")
     table.add_column("read-out")
-    table.add_column("protocol")
+    table.add_column("protocol", overflow="fold")
     for score in results["scores"]:
         table.add_row(score["name"], cell(score), score["readout"], score["protocol"])
     Console(width=max(120, Console().width)).print(table)
@@ -111,6 +111,8 @@ def model_card(results: dict[str, Any], pictures: dict[str, str]) -> str:
     )
     lines += ["", "| score | % (95 % bootstrap interval) | read-out | protocol |", "|---|---:|---|---|"]
     lines += [f"| {s['name']} | {cell(s)} | {s['readout']} | {s['protocol']} |" for s in results["scores"]]
+    notes = list(dict.fromkeys(f"- {s['name']}: {note}" for s in results["scores"] for note in s.get("notes", ())))
+    lines += ["", "Notes:", "", *notes] if notes else []
     for file, caption in pictures.items():
         lines += ["", f"![{caption}]({file})", "", caption]
     lines += ["", "## How it was measured", "", f"- command: `{results['command']}`"]

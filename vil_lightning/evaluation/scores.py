@@ -19,6 +19,7 @@ class Score:
         protocol: How it was measured, such as `knn/dino/k=20`.
         num_images: Images that were scored.
         readout: Of the features, where the protocol leaves it to the network.
+        notes: What a reader should know: what was chosen, what differs from the published protocol.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Score:
     protocol: str
     num_images: int
     readout: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def accuracy_score(name: str, correct: Tensor, protocol: str) -> Score:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from vil_lightning.data.datamodule import ImageDataModule
-from vil_lightning.data.transforms import EvalTransform
+from vil_lightning.data.loading import ImageSource
+from vil_lightning.data.transforms import EvalTransform, TrainingTransform
 from vil_lightning.errors import ConfigError
 from vil_lightning.evaluation.features import FeatureSet, Precision, extract
 from vil_lightning.methods.backbone import BackboneConfig, build_backbone, resolve_backbone
@@ -62,8 +63,10 @@ class Subject:
         """The read-out to take; `auto` is the network's own."""
         return self.pooling if name == "auto" else name
 
-    def features(self, split: Literal["train", "val"], readouts: Sequence[str]) -> dict[str, FeatureSet]:
-        """Computed, or from the cache."""
+    def features(
+        self, split: Literal["train", "val"], readouts: Sequence[str], shown: float = 1.0
+    ) -> dict[str, FeatureSet]:
+        """Computed, or from the cache; of the upper part of images if `shown` is below 1."""
         return extract(
             self.backbone,
             self.data,
@@ -73,7 +76,23 @@ class Subject:
             precision=self.precision,
             device=self.device,
             progress=self.progress,
+            shown=shown,
         )
+
+    def on_val(self, source: ImageSource | None = None, transform: EvalTransform | None = None) -> "Subject":
+        """The same network with other val images, or another transform of them. The training images are the same."""
+        other, data = copy.copy(self), copy.copy(self.data)
+        data.val_source = self.data.val_source if source is None else source
+        data.eval_transform = self.data.eval_transform if transform is None else transform
+        data._eval_datasets, data.known_bad = {}, {}
+        other.data = data
+        return other
+
+    def finisher(self, transform: TrainingTransform) -> ImageDataModule:
+        """A copy of the images' module that finishes views of this transform on the device."""
+        data = copy.copy(self.data)
+        data.train_transform = transform
+        return data
 
     def at_size(self, img_size: int) -> "Subject":
         """The same network on the same images at another resolution; position embeddings are resampled."""

@@ -4,16 +4,20 @@
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vil_lightning.errors import ConfigError
+from vil_lightning.evaluation.augmented import augmented_views, crop_transform
 from vil_lightning.evaluation.features import FeatureSet
 from vil_lightning.evaluation.inputs import few_labels
 from vil_lightning.evaluation.knn import KS, knn_scores
 from vil_lightning.evaluation.logistic import CS, logistic_regression
 from vil_lightning.evaluation.probes import PROTOCOLS, probe
+from vil_lightning.evaluation.processes import processes
 from vil_lightning.evaluation.readouts import READOUT_NAMES
 from vil_lightning.evaluation.scores import Score
 from vil_lightning.evaluation.subject import Subject
@@ -91,7 +95,7 @@ def named(readout: str) -> str:
 
 
 def renamed(score: Score, name: str, protocol: str, readout: str) -> Score:
-    return Score(name, score.value, score.low, score.high, protocol, score.num_images, readout)
+    return replace(score, name=name, protocol=protocol, readout=readout)
 
 
 class LogisticRegression(Task):
@@ -127,7 +131,7 @@ class LogisticRegression(Task):
 
 
 class LinearProbe(Task):
-    """Linear classifiers by a protocol of `vil_lightning.evaluation.probes.PROTOCOLS`, on features of unchanged images.
+    """Linear classifiers by a protocol of `vil_lightning.evaluation.probes.PROTOCOLS`.
 
     With several read-outs, learning rates or weight decays, all are trained side by side, the winner is chosen on held-out
     training images, and reported on val.
@@ -136,6 +140,10 @@ class LinearProbe(Task):
         protocol: `sweep` (this project's), `dino`, `mae`, `ibot` or `dinov2`.
         readouts: Read-outs to try; `auto` is the network's own.
         held_out: Share of the training images of each class to choose on.
+        images: `cached` trains on features of unchanged images, which are computed once; `augmented` on a new random resized
+            crop of every image in every epoch, flipped or not, as published. All heads share one pass over these.
+        crop_scale: Share of an image's area in such a crop, smallest and largest.
+        hflip_prob: Probability of a flip.
     """
 
     def __init__(
@@ -143,20 +151,42 @@ class LinearProbe(Task):
         protocol: str = "sweep",
         readouts: Sequence[str] = ("auto",),
         held_out: float = 0.1,
+        images: Literal["cached", "augmented"] = "cached",
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        hflip_prob: float = 0.5,
     ) -> None:
         if protocol not in PROTOCOLS:
             raise ConfigError(f"LinearProbe: protocol={protocol!r} is not known. Allowed: {', '.join(PROTOCOLS)}.")
         if not readouts:
             raise ConfigError("LinearProbe: readouts is empty. Name at least one.")
         check_readouts("LinearProbe", *readouts)
+        if images not in ("cached", "augmented"):
+            raise ConfigError(f"LinearProbe: images={images!r} must be cached or augmented.")
+        if images == "cached" and (tuple(crop_scale), hflip_prob) != ((0.08, 1.0), 0.5):
+            raise ConfigError(
+                "LinearProbe: crop_scale and hflip_prob change nothing with images=cached. Leave them unset."
+            )
+        crop_transform(32, crop_scale, hflip_prob)  # refuses what is out of range
         self.protocol = protocol
         self.readouts = list(readouts)
         self.held_out = held_out
+        self.images = images
+        self.crop_scale = (crop_scale[0], crop_scale[1])
+        self.hflip_prob = hflip_prob
+
+    def check(self, subject: Subject) -> None:
+        if self.images == "augmented" and processes()[1] > 1:
+            raise ConfigError("LinearProbe: images=augmented runs on one process. Use images=cached under torchrun.")
 
     def run(self, subject: Subject) -> list[Score]:
         readouts = list(dict.fromkeys(subject.readout(name) for name in self.readouts))
         train, val = pair(subject, readouts)
         first = readouts[0]
+        views, augmentation = None, ""
+        if self.images == "augmented":
+            transform = crop_transform(subject.data.img_size, self.crop_scale, self.hflip_prob)
+            views = augmented_views(subject, transform, readouts, train[first].indices)
+            augmentation = f"/crops={self.crop_scale[0]:g}-{self.crop_scale[1]:g}/flips={self.hflip_prob:g}"
         result = probe(
             self.protocol,
             {name: features.features for name, features in train.items()},
@@ -166,9 +196,12 @@ class LinearProbe(Task):
             held_out=self.held_out,
             seed=subject.seed,
             device=subject.place,
+            views=views,
         )
         tried = "+".join(named(name) for name in self.readouts)
-        return [renamed(result.score, result.score.name, f"{result.score.protocol}/{tried}", result.winner.readout)]
+        name = result.score.name + (", augmented" if views is not None else "")
+        score = renamed(result.score, name, f"{result.score.protocol}{augmentation}/{tried}", result.winner.readout)
+        return [replace(score, notes=result.notes)]
 
 
 class FewLabels(Task):
