@@ -293,7 +293,7 @@ def test_extract__an_interruption_leaves_nothing(
 ) -> None:
     batches = 0
 
-    def interrupted(backbone: nn.Module, images: Tensor, names: Any) -> dict[str, Tensor]:
+    def interrupted(backbone: nn.Module, images: Tensor, names: Any, shown: float) -> dict[str, Tensor]:
         nonlocal batches
         batches += 1
         if batches == 3:  # of one empty image and three batches
@@ -337,7 +337,7 @@ def test_extract__who_comes_second_takes_what_the_first_has_stored(
 ) -> None:
     first: list[FeatureSet] = []
 
-    def overtaken(backbone: nn.Module, images: Tensor, names: Any) -> dict[str, Tensor]:
+    def overtaken(backbone: nn.Module, images: Tensor, names: Any, shown: float) -> dict[str, Tensor]:
         if not first and len(images) > 1:  # after the other one has looked into the cache
             with monkeypatch.context() as patch:
                 patch.setattr(features, "read_out", read_out)

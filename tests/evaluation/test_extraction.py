@@ -88,7 +88,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     """The names that images are read out for from now on, once per batch (and once for an empty image)."""
     seen: list[tuple[str, ...]] = []
 
-    def recorded(backbone: nn.Module, images: Tensor, names: Any) -> dict[str, Tensor]:
+    def recorded(backbone: nn.Module, images: Tensor, names: Any, shown: float) -> dict[str, Tensor]:
         seen.append(tuple(names))
         return read_out(backbone, images, names)
 
@@ -244,7 +244,7 @@ def test_extract__unreadable_images_are_left_out(tmp_path: Path, caplog: pytest.
 
 
 def test_extract__changed_weights_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def sabotage(backbone: nn.Module, images: Tensor, names: Any) -> dict[str, Tensor]:
+    def sabotage(backbone: nn.Module, images: Tensor, names: Any, shown: float) -> dict[str, Tensor]:
         next(backbone.parameters()).data.add_(1)
         return read_out(backbone, images, names)
 

@@ -45,7 +45,7 @@ def corrupt(image: Tensor, corruption: str, severity: int, generator: torch.Gene
         height, width = image.shape[-2:]
         small = [max(1, int(height * strength)), max(1, int(width * strength))]
         boxes = F.interpolate(image[None].float(), small, mode="area")
-        return _to_uint8(F.interpolate(boxes, [height, width], mode="nearest")[0])
+        return _to_uint8(F.interpolate(boxes, [height, width], mode="nearest-exact")[0])
     return TF.jpeg(image, int(strength))
 
 
