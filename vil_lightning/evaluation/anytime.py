@@ -70,7 +70,9 @@ class Anytime(Task):
             classifiers = [(whole, "whole images"), (own, "equal parts")] if fraction < 1 else [(whole, "whole images")]
             for result, of in classifiers:
                 hits, _ = result.classifier.evaluate(shown.features, shown.labels)
-                protocol = f"anytime/f={fraction:g}/logistic of {of}/C={self.C:g}/{named(self.readout)}"
+                protocol = (
+                    f"anytime/f={fraction:g}/logistic-of-{of.replace(' ', '-')}/C={self.C:g}/{named(self.readout)}"
+                )
                 score = accuracy_score(f"{100 * fraction:g} % of the rows, {of}", hits, protocol)
                 scores.append(replace(score, readout=readout))
         return scores

@@ -57,7 +57,10 @@ def augmented_views(subject: Subject, transform: TrainTransform, readouts: Seque
             images, _ = finisher.on_after_batch_transfer(finisher.transfer_batch_to_device((planned, 0), place, 0), 0)
             half = subject.precision == "bf16"
             with torch.no_grad(), torch.autocast(place.type, torch.bfloat16, enabled=half):
-                yield rows.pop(0), read_out(network, images.float(), readouts)
-        assert weights_hash(network) == before, "the probe changed the frozen backbone"
+                features = read_out(network, images.float(), readouts)
+            # As they are in the cache, from which the winner is chosen.
+            yield rows.pop(0), {name: x.bfloat16() if half else x for name, x in features.items()}
+        if weights_hash(network) != before:
+            raise RuntimeError("the probe changed the frozen backbone")
 
     return views

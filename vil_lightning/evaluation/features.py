@@ -163,7 +163,9 @@ def key_parts(
             "crop_pct": transform.crop_pct,
             "mean": list(data.mean),
             "std": list(data.std),
-            **transform.options,
+            **(
+                {**transform.options, "seed": data.seed} if transform.options else {}
+            ),  # what is random is drawn from it
         },
         "precision": precision,
     }

@@ -72,10 +72,13 @@ class Robustness(Task):
         classify = own_head if kind == "head" else self._logistic(subject)
         how = "head" if kind == "head" else f"logistic/C={self.C:g}/{named(self.readout)}"
         readout = "" if kind == "head" else subject.readout(self.readout)
+        notes: tuple[str, ...] = ()
+        if kind == "head" and not recorded_classes(subject.backbone, len(subject.data.classes)):
+            notes = ("the checkpoint does not name its classes; they are taken to be those of the data, in this order",)
 
         def score(name: str, protocol: str, share: Tensor) -> Score:
             low, high = mean_interval(share)
-            return Score(name, 100 * float(share.mean()), low, high, f"{protocol}/{how}", len(share), readout)
+            return Score(name, 100 * float(share.mean()), low, high, f"{protocol}/{how}", len(share), readout, notes)
 
         scores = [score("val", "robustness/val", classify(subject, None).double())]
         for name, folder in self.sets.items():

@@ -60,8 +60,8 @@ class Subject:
         return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
 
     def readout(self, name: str) -> str:
-        """The read-out to take; `auto` is the network's own."""
-        return self.pooling if name == "auto" else name
+        """The read-out to take; `auto` is the network's own, `auto/last4` that of its last four blocks."""
+        return self.pooling + name.removeprefix("auto") if name.startswith("auto") else name
 
     def features(
         self, split: Literal["train", "val"], readouts: Sequence[str], shown: float = 1.0

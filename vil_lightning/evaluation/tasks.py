@@ -18,7 +18,7 @@ from vil_lightning.evaluation.knn import KS, knn_scores
 from vil_lightning.evaluation.logistic import CS, logistic_regression
 from vil_lightning.evaluation.probes import PROTOCOLS, probe
 from vil_lightning.evaluation.processes import processes
-from vil_lightning.evaluation.readouts import READOUT_NAMES
+from vil_lightning.evaluation.readouts import LAST4, READOUT_NAMES
 from vil_lightning.evaluation.scores import Score
 from vil_lightning.evaluation.subject import Subject
 
@@ -85,13 +85,14 @@ class KNN(Task):
 
 def check_readouts(task: str, *readouts: str) -> None:
     for readout in readouts:
-        if readout != "auto" and readout not in READOUT_NAMES:
-            raise ConfigError(f"{task}: readout {readout!r} is not known. Allowed: auto, {', '.join(READOUT_NAMES)}.")
+        if readout not in ("auto", f"auto{LAST4}", *READOUT_NAMES):
+            allowed = ", ".join(("auto", f"auto{LAST4}", *READOUT_NAMES))
+            raise ConfigError(f"{task}: readout {readout!r} is not known. Allowed: {allowed}.")
 
 
 def named(readout: str) -> str:
     """A read-out in the name of a protocol: networks are compared by their own ones, too."""
-    return "own-readout" if readout == "auto" else readout
+    return f"own-readout{readout.removeprefix('auto')}" if readout.startswith("auto") else readout
 
 
 def renamed(score: Score, name: str, protocol: str, readout: str) -> Score:
