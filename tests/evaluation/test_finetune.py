@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-sys.path += [str(Path(__file__).parent)]
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "integration")]
+from shrunk import PRETRAIN, invoke
 from small import subject
 
 from vil_lightning.data import MultiCrop, TrainTransform
@@ -16,7 +17,9 @@ from vil_lightning.data.loading import TransformedDataset
 from vil_lightning.errors import ConfigError
 from vil_lightning.evaluation import FineTune, finetune
 from vil_lightning.evaluation.inputs import few_labels
+from vil_lightning.evaluation.subject import Subject
 from vil_lightning.methods import Supervised
+from vil_lightning.methods.backbone import BackboneConfig
 
 FAST: dict[str, Any] = {"epochs": 2, "head_epochs": 0, "batch_size": 16}
 
@@ -37,7 +40,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Supervised]:
 
 def test_finetune__is_the_accuracy_of_the_network_in_the_end(trained: list[Supervised]) -> None:
     case = subject()
-    (score,) = FineTune(**FAST).run(case)
+    (score,) = FineTune(**FAST, drop_path_rate=0.5).run(case)  # which must not be active when the network is scored
+    assert trained[0].trainer.global_step == 2 * (len(case.data.train_source) // 16)
     network = trained[0].backbone.eval()
     images, labels = case.data.val_images(list(range(len(case.data.val_source))))
     with torch.no_grad():
@@ -130,3 +134,56 @@ def test_finetune__wrong_arguments_are_refused(kwargs: dict[str, Any], message: 
 def test_finetune__what_does_not_fit_is_refused_before_training(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         FineTune(**kwargs).check(subject())
+
+
+def test_finetune__what_the_network_does_not_take_is_refused_before_training() -> None:
+    with pytest.raises(ConfigError, match=r"drop_path_rate=2\.0"):
+        FineTune(drop_path_rate=2.0)
+    with pytest.raises(ConfigError, match=r"train_transform\.img_size=20"):
+        FineTune(train_transform=TrainTransform(20)).check(subject("vit_tiny_patch16_224"))
+    with pytest.raises(ConfigError, match="drop_path_rate"):
+        FineTune(drop_path_rate=0.1).check(subject("vgg11"))
+
+
+def test_finetune__check_leaves_random_numbers_alone() -> None:
+    case = subject()
+    torch.manual_seed(5)
+    FineTune(drop_path_rate=0.1).check(case)
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(3))
+
+
+def test_finetune__starts_from_the_teacher_of_a_dino_checkpoint(tmp_path: Path, trained: list[Supervised]) -> None:
+    result = invoke([*PRETRAIN, "--run_name", "dino"], tmp_path)
+    assert result.code == 0, result.err
+    path = tmp_path / "checkpoints/dino/last.ckpt"
+    state = torch.load(path, weights_only=True)["state_dict"]
+    name = "patch_embed.proj.weight"
+    teacher, student = state[f"teacher.backbone.{name}"], state[f"student.backbone.{name}"]
+    assert (teacher - student).abs().max() > 1e-4  # so that the tolerance below tells them apart
+    case = Subject(BackboneConfig(None, str(path)), subject().data, progress=False, device="cpu")
+    task = FineTune(epochs=1, head_epochs=0, base_lr=1e-9, batch_size=16, weight_decay=0.0)
+    task.check(case)
+    task.run(case)
+    torch.testing.assert_close(trained[0].backbone.state_dict()[name], teacher, atol=1e-5, rtol=0)
+
+
+def test_finetune__a_timm_network_learns() -> None:
+    task = FineTune(epochs=20, head_epochs=0, batch_size=16, base_lr=0.2)
+    case = subject("vit_tiny_patch16_224")
+    task.check(case)
+    (score,) = task.run(case)
+    assert score.value > 60
+
+
+def test_finetune__another_augmentation_is_another_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune, "fine_tune", lambda *args: torch.tensor([True, False]))
+    plain: dict[str, Any] = {"three_augment": False, "hflip_prob": 0.0}
+    scores = [
+        FineTune(**FAST, train_transform=TrainTransform(16, color_jitter=jitter, **plain)).run(subject())[0]
+        for jitter in ((0.0, 0.0, 0.0, 0.0), (0.3, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0))
+    ]
+    assert scores[0] == scores[2]
+    assert scores[0].protocol != scores[1].protocol
+    assert '"color_jitter": [0.3, 0.0, 0.0, 0.0]' in scores[1].notes[1]

@@ -4,5 +4,16 @@ from vil_lightning.evaluation.anytime import Anytime
 from vil_lightning.evaluation.finetune import FineTune
 from vil_lightning.evaluation.robustness import Robustness
 from vil_lightning.evaluation.tasks import KNN, FewLabels, LinearProbe, LogisticRegression, Task
+from vil_lightning.evaluation.vtab import VTAB1k
 
-__all__ = ["KNN", "Anytime", "FewLabels", "FineTune", "LinearProbe", "LogisticRegression", "Robustness", "Task"]
+__all__ = [
+    "KNN",
+    "Anytime",
+    "FewLabels",
+    "FineTune",
+    "LinearProbe",
+    "LogisticRegression",
+    "Robustness",
+    "Task",
+    "VTAB1k",
+]

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from vil_lightning.errors import ConfigError
-from vil_lightning.evaluation.logistic import logistic_regression
+from vil_lightning.evaluation.features import FeatureSet
+from vil_lightning.evaluation.logistic import LinearClassifier, logistic_regression
 from vil_lightning.evaluation.readouts import LAST4
 from vil_lightning.evaluation.scores import Score, accuracy_score
 from vil_lightning.evaluation.subject import Subject
@@ -43,36 +44,21 @@ class Anytime(Task):
     def run(self, subject: Subject) -> list[Score]:
         readout = subject.readout(self.readout)
         train, val = (features[readout] for features in pair(subject, [readout]))
-        whole = logistic_regression(
-            train.features,
-            train.labels,
-            val.features,
-            val.labels,
-            Cs=[self.C],
-            seed=subject.seed,
-            device=subject.place,
-        )
+        whole = self._fitted(subject, train, val)
         scores = []
         for fraction in self.fractions:
-            own, shown = whole, val
+            shown, classifiers = val, {"whole images": whole}
             if fraction < 1:
                 cut = subject.features("train", [readout], fraction)[readout]
                 shown = subject.features("val", [readout], fraction)[readout]
-                own = logistic_regression(
-                    cut.features,
-                    cut.labels,
-                    shown.features,
-                    shown.labels,
-                    Cs=[self.C],
-                    seed=subject.seed,
-                    device=subject.place,
-                )
-            classifiers = [(whole, "whole images"), (own, "equal parts")] if fraction < 1 else [(whole, "whole images")]
-            for result, of in classifiers:
-                hits, _ = result.classifier.evaluate(shown.features, shown.labels)
-                protocol = (
-                    f"anytime/f={fraction:g}/logistic-of-{of.replace(' ', '-')}/C={self.C:g}/{named(self.readout)}"
-                )
-                score = accuracy_score(f"{100 * fraction:g} % of the rows, {of}", hits, protocol)
+                classifiers["equal parts"] = self._fitted(subject, cut, shown)
+            for of, classifier in classifiers.items():
+                hits, _ = classifier.evaluate(shown.features, shown.labels)
+                how = f"logistic-of-{of.replace(' ', '-')}/C={self.C:g}/{named(self.readout)}"
+                score = accuracy_score(f"{100 * fraction:g} % of the rows, {of}", hits, f"anytime/f={fraction:g}/{how}")
                 scores.append(replace(score, readout=readout))
         return scores
+
+    def _fitted(self, subject: Subject, train: FeatureSet, val: FeatureSet) -> LinearClassifier:
+        images = (train.features, train.labels, val.features, val.labels)
+        return logistic_regression(*images, Cs=[self.C], seed=subject.seed, device=subject.place).classifier

@@ -1,7 +1,11 @@
 """Fine-tuning as a score: the whole network is trained on, with the learning rate decaying towards the lower layers."""
 
 import copy
+import json
+import logging
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +17,12 @@ from torch import Tensor, distributed
 from vil_lightning.data.loading import SubsetSource
 from vil_lightning.data.transforms import TrainingTransform, TrainTransform
 from vil_lightning.errors import ConfigError
+from vil_lightning.evaluation.cache import content_key
 from vil_lightning.evaluation.inputs import few_labels
 from vil_lightning.evaluation.scores import Score
 from vil_lightning.evaluation.subject import Subject
 from vil_lightning.evaluation.tasks import Task, mean_interval
+from vil_lightning.methods.backbone import build_backbone, check_input_size
 from vil_lightning.methods.supervised import Supervised
 
 
@@ -66,6 +72,8 @@ class FineTune(Task):
             raise ConfigError(
                 f"FineTune: num_draws={num_draws} draws images, but all are used. Set fraction or per_class."
             )
+        if not 0 <= drop_path_rate < 1:
+            raise ConfigError(f"FineTune: drop_path_rate={drop_path_rate} must be in [0, 1).")
         if train_transform is not None and not isinstance(train_transform, TrainTransform):
             raise ConfigError(f"FineTune: train_transform={type(train_transform).__name__} must be a TrainTransform.")
         self.epochs = epochs
@@ -90,7 +98,10 @@ class FineTune(Task):
         labels = torch.tensor(subject.data.train_source.labels)
         for draw in range(self.num_draws):
             self._rows(labels, subject.seed + draw)
-        self._method(subject)  # refuses settings out of range
+        config = self._method(subject).backbone_config  # refuses settings out of range
+        with isolate_rng():
+            network = build_backbone(config, quiet=True)  # refuses drop_path_rate where there is none
+        check_input_size(network, self._transform(subject).img_size, "FineTune: train_transform.img_size")
 
     def run(self, subject: Subject) -> list[Score]:
         labels = torch.tensor(subject.data.train_source.labels)
@@ -110,9 +121,9 @@ class FineTune(Task):
             kind, what = f"{100 * self.fraction:g}%", f"{100 * self.fraction:g} % of the labels"
         settings = "/".join(f"{key}={value:g}" for key, value in self.settings.items())
         protocol = f"fine-tune/{kind}/epochs={self.epochs}/{settings}/batch={self.batch_size}/head={self.head_epochs}"
-        protocol += f"/drop-path={self.drop_path_rate:g}/draws={self.num_draws}"
-        augmentation = self._transform(subject)
-        notes = ("last epoch", f"augmentation: crops of {list(augmentation.scale)}, flips {augmentation.hflip_prob:g}")
+        augmentation = {key: value for key, value in vars(self._transform(subject)).items() if not key.startswith("_")}
+        protocol += f"/drop-path={self.drop_path_rate:g}/draws={self.num_draws}/views={content_key(augmentation)[:8]}"
+        notes = ("last epoch", f"views {content_key(augmentation)[:8]}: {json.dumps(augmentation)}")
         return [Score(f"fine-tuned, {what}", 100 * float(share.mean()), low, high, protocol, len(share), "", notes)]
 
     def _rows(self, labels: Tensor, seed: int) -> Tensor | None:
@@ -141,10 +152,11 @@ def fine_tune(
     subject: Subject,
     method: Supervised,
     rows: Tensor | None,
-    transform: TrainTransform,
+    transform: TrainTransform | None,
     epochs: int,
     batch_size: int,
     draw: int = 0,
+    gradient_clip_val: float | None = 1.0,
 ) -> Tensor:
     """Train on some of the training images, and tell which val images the network then classifies correctly, bool (M,).
 
@@ -152,16 +164,18 @@ def fine_tune(
 
     Args:
         rows: Numbers of the training images; None for all.
+        transform: Of the training images; None takes that of the evaluation.
         draw: Makes the seed of the new classifier and of the order of the images, with the subject's.
+        gradient_clip_val: Largest global norm of the gradient; None for none.
     """
     data = copy.copy(subject.data)
     data.train_source = data.train_source if rows is None else SubsetSource(data.train_source, rows.tolist())
     data.train_transform = transform
     data.batch_size = min(batch_size, len(data.train_source))
     data.seed = subject.seed + draw
-    data._eval_datasets, data._train_loader = {}, None
+    data._eval_datasets, data._train_loader, data.known_bad = {}, None, dict(data.known_bad)
     data.setup = data.prepare_data = lambda *args, **kwargs: None  # type: ignore[method-assign, assignment]
-    with isolate_rng(), tempfile.TemporaryDirectory() as folder, torch.enable_grad():
+    with isolate_rng(), quiet(), tempfile.TemporaryDirectory() as folder, torch.enable_grad():
         config = method.backbone_config
         if config.weights is None and not config.kwargs.get("pretrained"):
             # An untrained network is that of the other scores, too, not another draw.
@@ -173,7 +187,7 @@ def fine_tune(
             accelerator="cpu" if subject.place == "cpu" else "gpu",
             devices=1,
             precision="bf16-mixed" if subject.precision == "bf16" else "32-true",
-            gradient_clip_val=1.0,
+            gradient_clip_val=gradient_clip_val,
             logger=False,
             enable_checkpointing=False,
             enable_model_summary=False,
@@ -196,3 +210,15 @@ def fine_tune(
         kept = torch.ones(len(correct), dtype=torch.bool)
         kept[list(data._eval_datasets["val"].unreadable)] = False
     return correct[kept]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what Lightning says about each of many trainings; warnings stay."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -61,10 +61,8 @@ def mlstm_triton(
             f"mlstm: backend 'triton' takes q, k, v of one dtype, {allowed}; got {q.dtype}, {k.dtype}, {v.dtype}."
         )
     if reverse:
-        igate, log_fgate = (
-            igate.flip(-1),
-            log_fgate.flip(-1),
-        )  # 1 / DH of the size of q, k or v; from here in scan order
+        # From here in the order of the scan. Gates have 1 / DH of the size of q, k or v.
+        igate, log_fgate = igate.flip(-1), log_fgate.flip(-1)
     decay_sum = log_fgate.double().cumsum(-1)
     row_max = decay_sum + (igate.double() - decay_sum).cummax(-1).values
     seq_len = q.shape[2]
@@ -146,7 +144,7 @@ def _backward(
 
     # h = N / (max(|n|, floor) + eps): what the denominator passes on, a number a token.
     product = (hidden_grad.float() * hidden.float()).sum(-1).transpose(1, 2)  # (B, NH, S)
-    product = product.flip(-1) if reverse else product
+    product = (product.flip(-1) if reverse else product).contiguous()  # as kernels read numbers of tokens
     free = read_sum.abs() > gates.floor
     inverse = 1 / (torch.maximum(read_sum.abs(), gates.floor) + gates.eps)
     denominator_grad = -product * inverse
