@@ -14,7 +14,7 @@ from small import subject
 
 from vil_lightning.data.loading import TransformedDataset
 from vil_lightning.errors import ConfigError
-from vil_lightning.evaluation import LinearProbe, tasks
+from vil_lightning.evaluation import LinearProbe, augmented, tasks
 from vil_lightning.evaluation.augmented import augmented_views, crop_transform
 from vil_lightning.evaluation.probes import PROTOCOLS, Protocol, probe
 
@@ -45,6 +45,41 @@ def test_views__are_new_in_every_step_and_equal_in_every_run_with_any_workers() 
     for (_, a), (_, b) in zip(first, second, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in READOUTS)
     assert not torch.allclose(first[0][1]["avg"], first[1][1]["avg"])
+
+
+def test_views__flips_come_as_often_as_they_should() -> None:
+    case = subject()
+    cached = case.features("train", READOUTS)["avg"].features[10:74]
+    shares = []
+    for probability in (0.0, 0.5, 1.0):
+        still = crop_transform(16, (1.0, 1.0), probability)
+        still.ratio = (1.0, 1.0)
+        ((_, found),) = collected(case, still, [torch.arange(64)])
+        same = ((found["avg"] - cached).abs().amax(1) < 1e-5).double().mean().item()
+        shares.append(same)
+    assert shares[0] == 1.0
+    assert 0.25 < shares[1] < 0.75
+    assert shares[2] < 0.1
+
+
+def test_views__half_precision_is_rounded_as_in_the_cache() -> None:
+    case = subject()
+    case.precision = "bf16"
+    ((_, found),) = collected(case, crop_transform(16, (0.5, 1.0), 0.0), [torch.arange(4)])
+    assert {x.dtype for x in found.values()} == {torch.bfloat16}
+
+
+def test_views__changed_weights_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = augmented.read_out
+
+    def sabotage(network: torch.nn.Module, *args: Any) -> dict[str, Tensor]:
+        with torch.no_grad():
+            next(network.parameters()).add_(1)
+        return original(network, *args)
+
+    monkeypatch.setattr(augmented, "read_out", sabotage)
+    with pytest.raises(RuntimeError, match="changed the frozen backbone"):
+        collected(subject(), crop_transform(16, (0.5, 1.0), 0.0), [torch.arange(4)])
 
 
 def test_probe__on_views_equals_plain_torch() -> None:

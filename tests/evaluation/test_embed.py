@@ -78,6 +78,15 @@ def test_embed__loose_images_have_no_labels(photos: Path) -> None:
     assert sorted(found) == ["ids", "vectors"]
 
 
+def test_embed__loose_images_have_no_labels_beside_those_that_have(photos: Path) -> None:
+    folder = ["--data", "ImageFolder", "--data.img_size", "16", "--data.root", str(photos), "--data.num_workers", "0"]
+    found = embed(photos, *folder, "--data.predict_dir", str(photos / "loose"), "--split", "predict")
+    assert sorted(found) == ["ids", "vectors"]
+    found = embed(photos, *folder, "--split", "train", "--overwrite", "true")
+    expected = [str(photos / f"train/{name}/{i}.png") for name in ("cat", "dog") for i in range(3)]
+    assert found["ids"].tolist() == expected
+
+
 def test_embed__parquet_of_loose_images_has_no_labels_either(photos: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     folder = ["--data", "ImageFolder", "--data.img_size", "16", "--data.predict_dir", str(photos / "loose")]

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 sys.path += [str(Path(__file__).parent)]
-from small import subject
+from small import VIL, subject
 
 from vil_lightning.data.images import EncodedImage
 from vil_lightning.errors import ConfigError
@@ -177,6 +177,45 @@ def test_robustness__a_network_with_a_head_uses_it(tmp_path: Path) -> None:
         .run(case)[0]
         .protocol.startswith("robustness/val/logistic")
     )
+
+
+def with_head(path: Path, num_classes: int = 4, classes: list[str] | None = None) -> Subject:
+    """A checkpoint with a classifier, of this project if it names its classes."""
+    network = build_backbone(BackboneConfig("vil2_tiny_patch16_224", kwargs=dict(VIL)), num_classes=num_classes)
+    state: dict[str, Any] = network.state_dict()
+    if classes is not None:
+        weights = {f"backbone.{name}": value for name, value in state.items()}
+        state = {
+            "state_dict": weights,
+            "classes": classes,
+            "backbone": {"name": "vil2_tiny_patch16_224", "kwargs": VIL},
+        }
+    torch.save(state, path)
+    return subject(weights=str(path))
+
+
+def test_robustness__the_head_skips_unreadable_images(tmp_path: Path) -> None:
+    case = with_head(tmp_path / "weights.pt")
+    folder = write(tmp_path / "a", case, case.data.classes)
+    whole = Robustness(sets={"a": str(folder)}).run(case)[1]
+    (folder / "0").joinpath(sorted(p.name for p in (folder / "0").iterdir())[0]).write_bytes(b"no picture")
+    case.data.max_bad_fraction = 0.5
+    assert Robustness(sets={"a": str(folder)}).run(case)[1].num_images == whole.num_images - 1 == 19
+
+
+def test_robustness__a_head_of_other_classes_is_not_taken(tmp_path: Path) -> None:
+    cases = [
+        with_head(tmp_path / "more.pt", num_classes=7),
+        with_head(tmp_path / "named.pt", classes=["cat", "dog", "car", "ship"]),
+    ]
+    for case in cases:
+        with pytest.raises(ConfigError, match=r"classifier=head, but .* holds a classifier of . classes"):
+            Robustness(corruptions=["contrast"], classifier="head").check(case)
+        assert "logistic" in Robustness(corruptions=["contrast"], severities=[1]).run(case)[0].protocol
+    named = with_head(tmp_path / "right.pt", classes=["0", "1", "2", "3"])
+    assert Robustness(corruptions=["contrast"], severities=[1]).run(named)[0].notes == ()
+    unnamed = with_head(tmp_path / "unnamed.pt")
+    assert "does not name its classes" in Robustness(corruptions=["contrast"], severities=[1]).run(unnamed)[0].notes[0]
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
