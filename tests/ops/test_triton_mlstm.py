@@ -73,7 +73,7 @@ def assert_exact(actual: Result, expected: Result, limit: float = 1e-5) -> None:
 
 @DIRECTIONS
 @pytest.mark.parametrize("fgate", [-50.0, -2.0, 2.0, 6.0])
-@pytest.mark.parametrize(("seq_len", "head_dim"), [(1, 16), (5, 24), (36, 16), (70, 40), (144, 24), (36, 96)])
+@pytest.mark.parametrize(("seq_len", "head_dim"), [(1, 16), (5, 24), (36, 16), (70, 40), (144, 24), (36, 96), (5, 144)])
 def test_one_pass__is_the_recurrence(seq_len: int, head_dim: int, fgate: float, reverse: bool) -> None:
     inputs = make_inputs(seq_len, head_dim, fgate)
     expected = gradients(mlstm, inputs, torch.float64, backend="recurrent", reverse=reverse)
@@ -83,7 +83,7 @@ def test_one_pass__is_the_recurrence(seq_len: int, head_dim: int, fgate: float, 
 @DIRECTIONS
 @pytest.mark.parametrize("fgate", [-50.0, 2.0, 6.0])
 @pytest.mark.parametrize(
-    ("seq_len", "head_dim", "chunk_size"), [(16, 16, 16), (17, 24, 16), (48, 16, 16), (100, 24, 32), (70, 96, 64)]
+    ("seq_len", "head_dim", "chunk_size"), [(16, 16, 16), (17, 24, 16), (48, 16, 16), (100, 24, 32), (70, 96, 64), (20, 144, 16)]
 )
 def test_chunks__are_the_recurrence(
     seq_len: int, head_dim: int, chunk_size: int, fgate: float, reverse: bool, monkeypatch: pytest.MonkeyPatch
