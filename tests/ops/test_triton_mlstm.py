@@ -83,7 +83,8 @@ def test_one_pass__is_the_recurrence(seq_len: int, head_dim: int, fgate: float, 
 @DIRECTIONS
 @pytest.mark.parametrize("fgate", [-50.0, 2.0, 6.0])
 @pytest.mark.parametrize(
-    ("seq_len", "head_dim", "chunk_size"), [(16, 16, 16), (17, 24, 16), (48, 16, 16), (100, 24, 32), (70, 96, 64), (20, 144, 16)]
+    ("seq_len", "head_dim", "chunk_size"),
+    [(16, 16, 16), (17, 24, 16), (48, 16, 16), (100, 24, 32), (70, 96, 64), (20, 144, 16)],
 )
 def test_chunks__are_the_recurrence(
     seq_len: int, head_dim: int, chunk_size: int, fgate: float, reverse: bool, monkeypatch: pytest.MonkeyPatch
