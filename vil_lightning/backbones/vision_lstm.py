@@ -186,7 +186,8 @@ class PatchEmbed(nn.Module):
                     "dynamic_img_size=True to interpolate the position embedding, or call set_input_size()."
                 )
             self.check_img_size(size)
-        return self.proj(x).permute(0, 2, 3, 1)
+        # In the order of its dimensions in memory, too: the blocks' sums keep the strides, and their norms would copy each time.
+        return self.proj(x).permute(0, 2, 3, 1).contiguous()
 
 
 @register_notrace_module

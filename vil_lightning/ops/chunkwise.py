@@ -1,12 +1,16 @@
-"""The mLSTM in chunks: quadratic inside a chunk, a recurrent state between chunks. Linear in S in time and memory."""
+"""The mLSTM in chunks: quadratic inside a chunk, a recurrent state between chunks. Linear in S in time and memory.
+
+The backward pass is written out. What autograd would keep for it, several L x L matrices a chunk and a state each, is computed
+again instead, from q, k, v and the gates; and it needs fewer passes over them than there are operators forwards.
+"""
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-
-from vil_lightning.ops.parallel import cumulative_decay, log_decay_matrix
 
 
 def mlstm_chunkwise(
@@ -20,14 +24,12 @@ def mlstm_chunkwise(
     chunk_size: int,
     eps: float,
 ) -> Tensor:
-    """Chunkwise form; shapes as in `mlstm`, `log_fgate` as in `mlstm_recurrent`.
+    """Chunkwise form; shapes as in `mlstm`, `log_fgate` as in `mlstm_recurrent`. It can be differentiated once.
 
     All chunks are cut to one length, as even as possible (196 tokens with `chunk_size=64` make four chunks of 49), so
-    that few padded tokens are ever computed. The state entering a chunk is the one of `mlstm_recurrent` after its last
-    token: memory C, normaliser n, running maximum m and stabiliser.
+    that few padded tokens are ever computed.
     """
     batch, heads, seq_len, head_dim = q.shape
-    dtype = log_fgate.dtype
     num_chunks = math.ceil(seq_len / chunk_size)
     length = math.ceil(seq_len / num_chunks)
     pad = num_chunks * length - seq_len
@@ -35,64 +37,226 @@ def mlstm_chunkwise(
         # A padded token writes nothing (input gate -inf, key 0) and forgets nothing (log forget gate 0).
         q, k, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v))
         igate, log_fgate = F.pad(igate, (0, pad), value=-math.inf), F.pad(log_fgate, (0, pad))
-
-    q, k, v = (x.reshape(batch, heads, num_chunks, length, head_dim) for x in (q, k, v))
-    k = k / math.sqrt(head_dim)
-    igate, log_fgate = (x.reshape(batch, heads, num_chunks, length) for x in (igate, log_fgate))
-
-    states = _states_entering_chunks(k, v, igate, log_fgate, reverse=reverse)
-    memory, norm, state_max, state_stab = states  # (B,NH,NC,DH,DH) (B,NH,NC,DH) (B,NH,NC) (B,NH,NC)
-
-    # Logarithmic weights with which a token reads its own chunk and the state.
-    log_decay = log_decay_matrix(igate, log_fgate, reverse=reverse)  # (B, NH, NC, L, L)
-    decay_sum = cumulative_decay(log_fgate, reverse=reverse)  # (B, NH, NC, L)
-    row_max = torch.maximum(log_decay.amax(-1), decay_sum + state_max[..., None])
-    stab = row_max.detach().clamp(min=0)
-
-    scores = (q @ k.transpose(-1, -2)).to(dtype) * torch.exp(log_decay - stab[..., None])
-    state_weight = torch.exp(decay_sum + state_stab[..., None] - stab)[..., None]  # (B, NH, NC, L, 1)
-    numerator = (scores.to(v.dtype) @ v).to(dtype) + state_weight * (q @ memory.to(q.dtype)).to(dtype)
-    read_state = (q @ norm[..., None].to(q.dtype)).to(dtype)
-    read_sum = scores.sum(-1, keepdim=True) + state_weight * read_state  # (B, NH, NC, L, 1)
-    denominator = torch.maximum(read_sum.abs(), torch.exp(-stab)[..., None])
-    denominator = denominator + eps * torch.exp(row_max - stab)[..., None]
-    hidden = (numerator / denominator).to(v.dtype).reshape(batch, heads, num_chunks * length, head_dim)
+    decay_sum, row_max = gate_sums(igate, log_fgate, reverse=reverse)
+    q, k, v = (x.reshape(batch * heads, num_chunks, length, head_dim) for x in (q, k, v))
+    numbers = (x.reshape(batch * heads, num_chunks, length) for x in (decay_sum, igate, row_max))
+    hidden = _Chunkwise.apply(q, k, v, *numbers, reverse, eps)  # type: ignore[no-untyped-call]
+    hidden = hidden.view(batch, heads, num_chunks * length, head_dim)
     return hidden[:, :, :seq_len] if pad else hidden
 
 
-def _states_entering_chunks(
-    k: Tensor, v: Tensor, igate: Tensor, log_fgate: Tensor, *, reverse: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Memory, normaliser, running maximum and stabiliser before each chunk is scanned; `k` is already scaled.
+def gate_sums(igate: Tensor, log_fgate: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
+    """Sums of the gates along the scan, in float64 where the device has it: later, differences of them are needed.
+
+    Args:
+        igate: a (B, NH, S).
+        log_fgate: (B, NH, S).
+        reverse: The scan starts at the last token.
 
     Returns:
-        (B, NH, NC, DH, DH), (B, NH, NC, DH), (B, NH, NC), (B, NH, NC), in the dtype of the gates.
+        F_t, the sum of `log_fgate` up to token t, and max over s <= t of F_t - F_s + a_s; (B, NH, S), in the order of tokens.
     """
-    batch, heads, num_chunks, _, head_dim = k.shape
-    dtype = igate.dtype
-    # Log weight of each token in the state after its chunk: the gates of the tokens still to come decay it.
-    chunk_decay = log_fgate.sum(-1)  # (B, NH, NC)
-    log_write = chunk_decay[..., None] - cumulative_decay(log_fgate, reverse=reverse) + igate  # (B, NH, NC, L)
-    write_max = log_write.amax(-1)
-    write_stab = write_max.detach().clamp(min=0)
-    write = torch.exp(log_write - write_stab[..., None])[..., None]  # (B, NH, NC, L, 1)
-    weighted_keys = (k * write).to(k.dtype)
-    chunk_memory = (weighted_keys.transpose(-1, -2) @ v).to(dtype)  # (B, NH, NC, DH, DH)
-    chunk_norm = (k.to(dtype) * write).sum(-2)  # (B, NH, NC, DH)
+    wide = log_fgate.dtype if log_fgate.device.type == "mps" else torch.float64
+    igate, log_fgate = igate.to(wide), log_fgate.to(wide)
+    if reverse:
+        igate, log_fgate = igate.flip(-1), log_fgate.flip(-1)
+    decay_sum = log_fgate.cumsum(-1)
+    row_max = decay_sum + (igate - decay_sum).cummax(-1).values
+    return (decay_sum.flip(-1), row_max.flip(-1)) if reverse else (decay_sum, row_max)
 
-    memory = chunk_memory.new_zeros(batch, heads, head_dim, head_dim)
-    norm = chunk_memory.new_zeros(batch, heads, head_dim)
-    state_max = chunk_memory.new_full((batch, heads), -math.inf)
-    stab = chunk_memory.new_zeros(batch, heads)
-    states: list[tuple[Tensor, Tensor, Tensor, Tensor]] = [(memory, norm, state_max, stab)] * num_chunks
-    for c in reversed(range(num_chunks)) if reverse else range(num_chunks):
-        states[c] = (memory, norm, state_max, stab)
-        state_max = torch.maximum(chunk_decay[:, :, c] + state_max, write_max[:, :, c])
-        new_stab = state_max.detach().clamp(min=0)
-        keep = torch.exp(chunk_decay[:, :, c] + stab - new_stab)[..., None]
-        add = torch.exp(write_stab[:, :, c] - new_stab)[..., None]
-        memory = keep[..., None] * memory + add[..., None] * chunk_memory[:, :, c]
-        norm = keep * norm + add * chunk_norm[:, :, c]
-        stab = new_stab
-    memory, norm, state_max, stab = (torch.stack(x, dim=2) for x in zip(*states, strict=True))
-    return memory, norm, state_max, stab
+
+class _Gates(NamedTuple):
+    """Weights from the gates. N sequences, NC chunks of L tokens; in the order of tokens, also if the scan is reversed.
+
+    With the stabiliser m_t >= 0, and e the last token of a chunk in scan order, p that of the chunk before. All exponents that
+    are used are at most 0.
+
+    Args:
+        reverse: The direction of the scan.
+        decay: exp(F_t - F_s + a_s - m_t) / sqrt(DH), 0 for s after t; (N, NC, L, L).
+        read: exp(F_t - F_p + m_p - m_t), with which a token reads the state that enters its chunk; (N, NC, L, 1).
+        write: exp(F_e - F_s + a_s - m_e) / sqrt(DH), with which it writes to the one that leaves; (N, NC, L, 1).
+        keep: exp(F_e - F_p + m_p - m_e), with which a chunk keeps the state that enters it; (N, NC).
+        floor: exp(-m_t), the smallest normaliser; (N, NC, L).
+        eps: eps exp(max_s - m_t), what is added to the normaliser; (N, NC, L).
+    """
+
+    reverse: bool
+    decay: Tensor
+    read: Tensor
+    write: Tensor
+    keep: Tensor
+    floor: Tensor
+    eps: Tensor
+
+    @property
+    def readers(self) -> slice:
+        """Chunks that a state enters."""
+        return slice(None, -1) if self.reverse else slice(1, None)
+
+    @property
+    def writers(self) -> slice:
+        """Chunks whose state enters another one: that of `writers` number i enters `readers` number i."""
+        return slice(1, None) if self.reverse else slice(None, -1)
+
+
+def _gates(
+    decay_sum: Tensor, igate: Tensor, row_max: Tensor, reverse: bool, eps: float, head_dim: int, dtype: torch.dtype
+) -> _Gates:
+    num_chunks, length = igate.shape[1:]
+    stab = row_max.clamp(min=0)
+    last = 0 if reverse else length - 1
+    end_sum, end_stab = decay_sum[..., last], stab[..., last]  # (N, NC)
+    if reverse:
+        enter_sum, enter_stab = (F.pad(x[:, 1:], (0, 1)) for x in (end_sum, end_stab))
+    else:
+        enter_sum, enter_stab = (F.pad(x[:, :-1], (1, 0)) for x in (end_sum, end_stab))
+    log_scale = -math.log(head_dim) / 2
+    rows = (decay_sum - stab) - (end_sum - end_stab)[..., None]
+    columns = log_scale - rows - stab + igate
+    seen = torch.zeros(length, length, dtype=dtype, device=igate.device)
+    seen.masked_fill_(torch.ones_like(seen, dtype=torch.bool).triu_(1), -math.inf)
+    decay = rows.to(dtype)[..., :, None] + columns.to(dtype)[..., None, :]
+    decay.add_(seen.T if reverse else seen).exp_()
+    if num_chunks == 1:
+        read = write = decay[:, :0]  # there is no state
+    else:
+        read = torch.exp(decay_sum - stab - (enter_sum - enter_stab)[..., None]).to(dtype)[..., None]
+        write = torch.exp(columns).to(dtype)[..., None]
+    keep = torch.exp(end_sum - end_stab - enter_sum + enter_stab).to(dtype)
+    floor = torch.exp(-stab).to(dtype)
+    return _Gates(reverse, decay, read, write, keep, floor, eps * torch.exp(row_max - stab).to(dtype))
+
+
+class _Chunkwise(torch.autograd.Function):
+    """N sequences, NC chunks, L tokens. Products run in the dtype of q, k and v; states, sums and weights in at least float32.
+
+    Args:
+        q, k, v: (N, NC, L, DH).
+        decay_sum, igate, row_max: (N, NC, L), see `gate_sums`.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decay_sum: Tensor,
+        igate: Tensor,
+        row_max: Tensor,
+        reverse: bool,
+        eps: float,
+    ) -> Tensor:
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        gates = _gates(decay_sum, igate, row_max, reverse, eps, q.shape[-1], dtype)
+        weights = _bmm(q, k.mT).to(dtype).mul_(gates.decay)  # (N, NC, L, L)
+        numerator = _bmm(weights.to(v.dtype), v).to(dtype)
+        read_sum = weights.sum(-1)
+        del weights
+        if q.shape[1] > 1:
+            memory, norm = _states(k, v, gates)
+            readers, writers = gates.readers, gates.writers
+            read = gates.read[:, readers]
+            numerator[:, readers].addcmul_(_bmm_shifted(q, memory.to(q.dtype), reverse), read)
+            norm_read = (q[:, readers] * norm[:, writers, None]).sum(-1)
+            read_sum[:, readers].addcmul_(norm_read, read[..., 0])
+        denominator = torch.maximum(read_sum.abs(), gates.floor).add_(gates.eps)
+        hidden = numerator.div_(denominator[..., None]).to(v.dtype)
+        ctx.save_for_backward(q, k, v, decay_sum, igate, row_max, hidden, read_sum)
+        ctx.reverse, ctx.eps = reverse, eps
+        return hidden
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, hidden_grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, decay_sum, igate, row_max, hidden, read_sum = ctx.saved_tensors
+        dtype = read_sum.dtype
+        gates = _gates(decay_sum, igate, row_max, ctx.reverse, ctx.eps, q.shape[-1], dtype)
+
+        # h = numerator / (max(|n|, floor) + eps), with the sum n of a token's weights.
+        inverse = 1 / torch.maximum(read_sum.abs(), gates.floor).add_(gates.eps)
+        denominator_grad = -(hidden_grad * hidden).sum(-1, dtype=dtype) * inverse
+        row_max_grad = denominator_grad * gates.eps
+        sum_grad = torch.where(read_sum.abs() > gates.floor, denominator_grad * read_sum.sign(), 0)[..., None]
+        grad = hidden_grad * inverse[..., None]  # of the numerator, (N, NC, L, DH)
+        half_grad = grad.to(q.dtype)
+
+        # Inside the chunks.
+        scores = _bmm(q, k.mT).to(dtype)
+        scores_grad = _bmm(half_grad, v.mT).to(dtype).add_(sum_grad).mul_(gates.decay)
+        weights = (scores * gates.decay).to(v.dtype)
+        v_grad = _bmm(weights.mT, half_grad).to(dtype)
+        del weights
+        log_grad = scores.mul_(scores_grad)  # of the logarithms of the weights
+        row_grad, column_grad = log_grad.sum(-1), log_grad.sum(-2)
+        del scores, log_grad
+        scores_grad = scores_grad.to(q.dtype)
+        q_grad, k_grad = _bmm(scores_grad, k).to(dtype), _bmm(scores_grad.mT, q).to(dtype)
+        del scores_grad
+
+        if q.shape[1] > 1:
+            readers, writers, write = gates.readers, gates.writers, gates.write[:, gates.writers]
+            memory, norm = _states(k, v, gates)
+            grad.mul_(gates.read)  # of what is read from the state
+            sum_grad = sum_grad * gates.read
+            memory_grad = _bmm(q.mT, grad.to(q.dtype)).to(dtype)
+            norm_grad = (q * sum_grad).sum(-2)
+            _scan(memory_grad, gates.keep, reverse=not ctx.reverse)
+            _scan(norm_grad, gates.keep, reverse=not ctx.reverse)
+
+            from_state = _bmm_shifted(grad.to(q.dtype), memory.mT.to(q.dtype), ctx.reverse).to(dtype)
+            from_state.addcmul_(sum_grad[:, readers], norm[:, writers, None])
+            row_grad[:, readers] += (q[:, readers] * from_state).sum(-1)
+            q_grad[:, readers] += from_state
+            del memory, norm, from_state
+
+            memory_grad = memory_grad.to(v.dtype)
+            from_state = _bmm_shifted(v, memory_grad.mT, not ctx.reverse).to(dtype)
+            from_state.add_(norm_grad[:, readers, None]).mul_(write)
+            column_grad[:, writers] += (k[:, writers] * from_state).sum(-1)
+            k_grad[:, writers] += from_state
+            v_grad[:, writers].addcmul_(_bmm_shifted(k, memory_grad, not ctx.reverse), write)
+
+        grads = (q_grad.to(q.dtype), k_grad.to(k.dtype), v_grad.to(v.dtype))
+        # The logarithm of a weight is F_t - F_s + a_s, less a stabiliser that cancels.
+        numbers = (row_grad - column_grad, column_grad, row_max_grad)
+        return (*grads, *(x.to(y.dtype) for x, y in zip(numbers, (decay_sum, igate, row_max), strict=True)), None, None)
+
+
+def _states(k: Tensor, v: Tensor, gates: _Gates) -> tuple[Tensor, Tensor]:
+    """Memories (N, NC, DH, DH) and normalisers (N, NC, DH) after each chunk, divided by exp(m_e)."""
+    keys = k * gates.write
+    memory = _bmm(keys.mT.to(v.dtype), v).to(keys.dtype)
+    norm = keys.sum(-2)
+    _scan(memory, gates.keep, reverse=gates.reverse)
+    _scan(norm, gates.keep, reverse=gates.reverse)
+    return memory, norm
+
+
+def _scan(x: Tensor, keep: Tensor, *, reverse: bool) -> None:
+    """In place, x_c += keep_c x_b with b the chunk before c in the direction of this scan. x is (N, NC, ...)."""
+    num_chunks = x.shape[1]
+    keep = keep.view(*keep.shape, *[1] * (x.ndim - 2))
+    order = range(num_chunks - 2, -1, -1) if reverse else range(1, num_chunks)
+    for c in order:
+        x[:, c].addcmul_(keep[:, c], x[:, c + 1 if reverse else c - 1])
+
+
+def _bmm(a: Tensor, b: Tensor) -> Tensor:
+    """(N, NC, i, j) @ (N, NC, j, k), without the copies that matmul makes of transposed operands."""
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+
+
+def _bmm_shifted(a: Tensor, b: Tensor, reverse: bool) -> Tensor:
+    """Chunks c of (N, NC, i, j) times chunks c - 1 (c + 1 if `reverse`) of (N, NC, j, k), where there is one.
+
+    Returns:
+        (N, NC - 1, i, k).
+    """
+    a, b, shape = a.flatten(0, 1), b.flatten(0, 1), a.shape
+    product = torch.bmm(a[:-1], b[1:]) if reverse else torch.bmm(a[1:], b[:-1])
+    # In one product over all sequences; where one ends and the next one begins it pairs chunks of both, which is not read.
+    rows, columns = product.shape[1:]
+    size = rows * columns
+    return product.as_strided((shape[0], shape[1] - 1, rows, columns), (shape[1] * size, size, columns, 1))

@@ -28,7 +28,7 @@ MLSTM_BACKENDS: tuple[str, ...] = get_args(MLSTMBackend)
 # Longest sequence for which `auto` takes the quadratic form. On a CPU the curves of `benchmarks/mlstm_backends.py` cross
 # between 144 and 196 tokens forward, between 196 and 256 in training (benchmarks/results/); 196 keeps 224 px, where the two are
 # within 15 %, on the simpler form. Accelerators have not been measured and share the value.
-_PARALLEL_UP_TO = 196
+_PARALLEL_UP_TO = 144
 
 
 def mlstm(
