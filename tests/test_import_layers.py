@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "vil_lightning"
 FILES = sorted(PACKAGE.rglob("*.py"))
-OUTER = tuple(f"vil_lightning.{name}" for name in ("methods", "data", "callbacks", "evaluation", "cli"))
+OUTER = tuple(f"vil_lightning.{name}" for name in ("methods", "data", "callbacks", "evaluation", "speed", "cli"))
 BUILDING_BLOCKS = {
     "heads",
     "losses",
@@ -64,7 +64,7 @@ def permitted(path: Path, name: str) -> bool:
         case "evaluation":
             return not within(name, "vil_lightning.cli")
         case "methods":
-            upward = ("data", "callbacks", "evaluation", "cli")
+            upward = ("data", "callbacks", "evaluation", "speed", "cli")
             return not within(name, *(f"vil_lightning.{package}" for package in upward))
         case "cli" | "checkpoint_io" | "look":  # parts of the command line
             return True

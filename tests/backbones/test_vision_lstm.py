@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vil_lightning.backbones import VisionLSTM, layers
+from vil_lightning.backbones import vision_lstm as vision_lstm_module
 from vil_lightning.backbones.vision_lstm import ViLBlock
 
 VERSION_1: dict[str, Any] = {
@@ -284,6 +285,52 @@ def test_drop_path__rates(decay: bool, expected: list[float]) -> None:
     model = build(drop_path_rate=0.3, drop_path_decay=decay)
     rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in model.blocks]
     assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("batch, rate, kept", [(128, 0.05, 122), (10, 0.2, 8), (64, 0.3, 45)])
+def test_images_to_keep__is_the_nearest_number_and_every_image_equally_often(
+    batch: int, rate: float, kept: int
+) -> None:
+    draws = torch.stack([layers.images_to_keep(batch, rate, torch.device("cpu")) for _ in range(2000)])
+    assert draws.shape == (2000, kept)
+    assert (draws.diff(dim=1) > 0).all()
+    counts = torch.bincount(draws.flatten(), minlength=batch) / 2000
+    assert (counts - kept / batch).abs().max() < 5 * (rate / 2000) ** 0.5
+
+
+@pytest.mark.parametrize("batch, rate", [(8, 0.05), (4, 0.2), (128, 0.003), (1, 0.5), (2, 0.995)])
+def test_images_to_keep__none_where_the_number_is_too_far_off(batch: int, rate: float) -> None:
+    assert layers.images_to_keep(batch, rate, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all_patches", "visible_ones"])
+def test_drop_path__computes_kept_images_only_and_scales_them(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = build(drop_path_rate=0.3).double().blocks[1].train()
+    kept = torch.tensor([0, 1, 3, 4, 6, 7, 9])
+    monkeypatch.setattr(vision_lstm_module, "images_to_keep", lambda batch, rate, device: kept)
+    visible = torch.stack([torch.randperm(15)[:6].sort().values for _ in range(10)]) if masked else None
+    layout = layers.Layout(3, 5, visible=visible)
+    x = torch.randn(10, 6 if masked else 15, 32, dtype=torch.float64, requires_grad=True)
+    seen: list[int] = []
+    block.mixer.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    out = block(x, layout)
+    assert seen == [7]
+
+    mask = torch.zeros(10, 1, 1, dtype=torch.float64)
+    mask[kept] = 10 / 7
+    expected = x + mask * block.mixer(block.norm(x), layout)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(out[[2, 5, 8]], x[[2, 5, 8]], rtol=0, atol=0)
+    weights = [x, *block.parameters()]
+    grad = torch.randn_like(out)
+    torch.testing.assert_close(torch.autograd.grad(out, weights, grad), torch.autograd.grad(expected, weights, grad))
+
+
+def test_drop_path__draws_for_each_image_of_a_small_batch() -> None:
+    block = build(drop_path_rate=0.3).blocks[1].train()
+    x = torch.randn(4, 15, 32)
+    numbers = {(block(x, layers.Layout(3, 5)) == x).flatten(1).all(1).sum().item() for _ in range(50)}
+    assert len(numbers) > 1
 
 
 def test_layer_scale__scales_the_residual_branch() -> None:

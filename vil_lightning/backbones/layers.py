@@ -41,6 +41,10 @@ class Layout(NamedTuple):
         num_patches = self.h * self.w if self.visible is None else self.visible.shape[1]
         return num_patches + sum(self.cls)
 
+    def of_images(self, images: Tensor) -> "Layout":
+        """The layout of `x[images]`, for some images (K,) of a batch."""
+        return self if self.visible is None else self._replace(visible=self.visible[images])
+
     @property
     def transposed(self) -> "Layout":
         """The layout of `to_columns(x)`."""
@@ -137,6 +141,12 @@ class BlockDiagonalLinear(nn.Module):
         y = y.transpose(0, 1).reshape(*x.shape[:-1], dim)
         return y if self.bias is None else y + self.bias
 
+    def fold(self, weight: Tensor) -> Tensor:
+        """(n, dim) -> (n, dim): the map `weight` after this one (without its bias) as one map, in the dtype of `weight`."""
+        num_blocks, block_size, _ = self.weight.shape
+        parts = weight.view(-1, num_blocks, block_size).transpose(0, 1)  # (G, n, out)
+        return torch.bmm(parts, self.weight.to(weight.dtype)).transpose(0, 1).reshape(weight.shape)
+
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]} blocks of {self.weight.shape[1]}, bias={self.bias is not None}"
 
@@ -214,9 +224,8 @@ class MultiHeadNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, NH, S, DH) -> (B, S, NH * DH)."""
-        x = F.layer_norm(x, x.shape[-1:], eps=self.eps)
-        x = x.transpose(1, 2).flatten(2) * self.weight
-        return x if self.bias is None else x + self.bias
+        x = F.layer_norm(x, x.shape[-1:], eps=self.eps).transpose(1, 2).flatten(2)
+        return x * self.weight if self.bias is None else torch.addcmul(self.bias, x, self.weight)
 
 
 class MLSTMBranch(nn.Module):
@@ -285,7 +294,7 @@ class MLSTMBranch(nn.Module):
         """(B, S, E) -> (B, S, E)."""
         q, k, v, igate, fgate, c = self.project(x, layout, reverse)
         h = mlstm(q, k, v, igate, fgate, reverse=reverse, backend=self.mlstm_backend)
-        return self.norm(h) + self.skip * c
+        return torch.addcmul(self.norm(h), self.skip, c)
 
     def project(
         self, x: Tensor, layout: Layout, reverse: bool
@@ -298,23 +307,57 @@ class MLSTMBranch(nn.Module):
         c = F.silu(self.conv(x, layout, reverse))
         c_k = c if self.conv_k is None else F.silu(self.conv_k(x, layout, reverse))
         c_v = c if self.conv_v is None else F.silu(self.conv_v(x, layout, reverse))
-        q, k, v = self.q_proj(c), self.k_proj(c_k), self.v_proj(c_v if self.use_v_conv else x)
-        igate, fgate = self._gates(q, k, v)  # (B, NH, S)
+        inputs = c, c_k, c_v if self.use_v_conv else x
+        igate, fgate = self._gates(inputs)  # (B, NH, S)
+        q, k, v = self.q_proj(c), self.k_proj(c_k), self.v_proj(inputs[2])
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, NH, S, DH)
         return q, k, v, igate, fgate, c
 
-    def _gates(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Pre-activations (B, NH, S) of both gates, without building the (B, S, 3E) concatenation they read."""
+    def _gates(self, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Pre-activations (B, NH, S) of both gates, from what q, k and v are computed from (B, S, E).
+
+        The gates are linear in [q; k; v], and these in their inputs: the maps are multiplied first, which costs next to
+        nothing. Neither the (B, S, 3 E) concatenation nor a product with it is needed; q and k share theirs.
+        """
         weight = torch.cat([self.igate.weight, self.fgate.weight])  # (2 NH, 3 E)
         bias = torch.cat([self.igate.bias, self.fgate.bias])
         # Never in half precision: with fgate around 5, bfloat16 resolves the logarithm of the decay to 2 % only.
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        with torch.autocast(q.device.type, enabled=False):
-            q_weight, k_weight, v_weight = weight.to(dtype).chunk(3, dim=-1)
-            gates = F.linear(q.to(dtype), q_weight, bias.to(dtype))
-            gates = gates + F.linear(k.to(dtype), k_weight) + F.linear(v.to(dtype), v_weight)
+        dtype = torch.promote_types(inputs[0].dtype, torch.float32)
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            bias = bias.to(dtype)
+            maps: list[tuple[Tensor, Tensor]] = []
+            for x, proj, part in zip(
+                inputs, (self.q_proj, self.k_proj, self.v_proj), weight.to(dtype).chunk(3, dim=1), strict=True
+            ):
+                folded = proj.fold(part)
+                if proj.bias is not None:
+                    bias = bias + part @ proj.bias.to(dtype)
+                if maps and maps[-1][0] is x:
+                    folded = maps.pop()[1] + folded
+                maps.append((x, folded))
+            gates = F.linear(maps[0][0].to(dtype), maps[0][1], bias)
+            for x, folded in maps[1:]:
+                gates = gates + F.linear(x.to(dtype), folded)
         igate, fgate = gates.transpose(1, 2).chunk(2, dim=1)
         return igate, fgate
+
+
+def images_to_keep(batch: int, drop_rate: float, device: torch.device) -> Tensor | None:
+    """Stochastic depth for part of a batch: which images a block is computed for, (K,), sorted; the rest of them skips it.
+
+    K is the number that is nearest to a share `1 - drop_rate` of the batch, always the same, so that nothing waits for the
+    device and shapes stay static. Every image is equally likely to be dropped, as with independent draws. What the block
+    adds is to be scaled by batch / K.
+
+    Returns:
+        None if none or all would be dropped, or a number off the rate by more than 1 % of the batch: then each image has to be
+        drawn for. The published training code does the same, but drops the next larger number, 7 of 128 at a rate of 5 %, where
+        this drops 6.
+    """
+    dropped = round(batch * drop_rate)
+    if dropped in (0, batch) or abs(dropped / batch - drop_rate) > 0.01:
+        return None
+    return torch.randperm(batch, device=device)[dropped:].sort().values
 
 
 def resize_position_embedding(embed: Tensor, grid_size: Grid) -> Tensor:

@@ -32,6 +32,7 @@ from vil_lightning.backbones.layers import (
     Grid,
     Layout,
     MLSTMBranch,
+    images_to_keep,
     resize_position_embedding,
     split_class_tokens,
 )
@@ -186,7 +187,7 @@ class PatchEmbed(nn.Module):
                     "dynamic_img_size=True to interpolate the position embedding, or call set_input_size()."
                 )
             self.check_img_size(size)
-        # In the order of its dimensions in memory, too: the blocks' sums keep the strides, and their norms would copy each time.
+        # Contiguous, because the blocks' sums keep the strides of this, and their norms would copy each time.
         return self.proj(x).permute(0, 2, 3, 1).contiguous()
 
 
@@ -244,7 +245,10 @@ class ViLMixer(nn.Module):
 
 @register_notrace_module
 class ViLBlock(nn.Module):
-    """x + DropPath(LayerScale(Mixer(LayerNorm(x))))."""
+    """x + DropPath(LayerScale(Mixer(LayerNorm(x)))).
+
+    Where the batch allows it, dropped images are not computed instead of multiplied by 0, see `images_to_keep`.
+    """
 
     def __init__(
         self, dim: int, mixer: ViLMixer, norm_eps: float, norm_bias: bool, init_values: float | None, drop_path: float
@@ -256,7 +260,15 @@ class ViLBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        return x + self.drop_path(self.ls(self.mixer(self.norm(x), layout)))
+        if self.training and isinstance(self.drop_path, DropPath):
+            kept = images_to_keep(x.shape[0], self.drop_path.drop_prob, x.device)
+            if kept is not None:
+                y = self._branch(x[kept], layout.of_images(kept))
+                return x.index_add(0, kept, y.to(x.dtype), alpha=x.shape[0] / kept.shape[0])
+        return x + self.drop_path(self._branch(x, layout))
+
+    def _branch(self, x: Tensor, layout: Layout) -> Tensor:
+        return self.ls(self.mixer(self.norm(x), layout))
 
 
 class VisionLSTM(nn.Module):

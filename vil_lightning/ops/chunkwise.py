@@ -40,7 +40,7 @@ def mlstm_chunkwise(
     decay_sum, row_max = gate_sums(igate, log_fgate, reverse=reverse)
     q, k, v = (x.reshape(batch * heads, num_chunks, length, head_dim) for x in (q, k, v))
     numbers = (x.reshape(batch * heads, num_chunks, length) for x in (decay_sum, igate, row_max))
-    hidden = _Chunkwise.apply(q, k, v, *numbers, reverse, eps)  # type: ignore[no-untyped-call]
+    hidden = _Chunkwise.apply(q, k, v, *numbers, reverse, eps)
     hidden = hidden.view(batch, heads, num_chunks * length, head_dim)
     return hidden[:, :, :seq_len] if pad else hidden
 
@@ -137,7 +137,7 @@ class _Chunkwise(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         q: Tensor,
         k: Tensor,
@@ -169,7 +169,7 @@ class _Chunkwise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, hidden_grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, hidden_grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, decay_sum, igate, row_max, hidden, read_sum = ctx.saved_tensors
         dtype = read_sum.dtype
         gates = _gates(decay_sum, igate, row_max, ctx.reverse, ctx.eps, q.shape[-1], dtype)

@@ -1,18 +1,19 @@
 """Vision-LSTM computed the way the published code computes it, to be timed against.
 
-The same numbers from the same parameters, by other means: reversed scans flip the sequence before a block and back after it, the
-block-diagonal q, k and v are one einsum over blocks of 4, the gates read a concatenation 3 E wide, and the mLSTM builds several
-(S + 1) x (S + 1) matrices a head. Written from the formulas of the papers (arXiv:2406.04303, arXiv:2405.04517).
+The same numbers from the same parameters, by other means: reversed scans flip the sequence before a block and back after it,
+the block-diagonal q, k and v are an einsum over blocks of 4, the gates read a concatenation 3 E wide, and the mLSTM builds
+several (S + 1) x (S + 1) matrices a head. Written from the formulas of the papers (arXiv:2406.04303, arXiv:2405.04517).
 """
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vil_lightning.backbones.layers import BlockDiagonalLinear, Layout, MLSTMBranch, MultiHeadNorm
-from vil_lightning.backbones.vision_lstm import ViLMixer, VisionLSTM
+from vil_lightning.backbones.vision_lstm import ViLBlock, ViLMixer, VisionLSTM
 
 
 def as_published(model: VisionLSTM) -> VisionLSTM:
@@ -21,11 +22,11 @@ def as_published(model: VisionLSTM) -> VisionLSTM:
     Raises:
         ValueError: For a design that was not published: other scans than alternating rows, or class tokens.
     """
-    for block in model.blocks:
+    for block in cast("list[ViLBlock]", model.blocks):
         mixer = block.mixer
         if len(mixer.scans) != 1 or mixer.scans[0].columns or any(model.cls_layout):
             raise ValueError("as_published: only block_design='alternating' without class tokens was published.")
-        block.mixer = PublishedMixer(mixer)
+        block.mixer = PublishedMixer(mixer)  # type: ignore[assignment]
     return model
 
 
@@ -77,7 +78,7 @@ def multi_head_norm(norm: MultiHeadNorm, x: Tensor) -> Tensor:
 
 def published_mlstm(q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, eps: float = 1e-6) -> Tensor:
     """As `vil_lightning.ops.mlstm` with `reverse=False`: arguments, result and formula."""
-    batch, heads, seq_len, head_dim = q.shape
+    seq_len, head_dim = q.shape[2:]
     decay_sum = F.pad(F.logsigmoid(fgate).cumsum(-1), (1, 0))  # F_0 = 0 ... F_S
     rows = decay_sum[..., None].repeat(1, 1, 1, seq_len + 1)  # (B, NH, S + 1, S + 1)
     differences = rows - rows.transpose(-1, -2)
