@@ -26,6 +26,7 @@ from vil_lightning.callbacks import LastCheckpoint, PredictionWriter, RunProgres
 from vil_lightning.checkpoint_io import AtomicCheckpointIO
 from vil_lightning.errors import ConfigError
 from vil_lightning.evaluation.command import main as evaluation_command
+from vil_lightning.speed.command import main as speed_command
 
 LOG_ROOT = Path("logs")
 CHECKPOINT_ROOT = Path("checkpoints")
@@ -271,6 +272,8 @@ def main(args: list[str] | None = None) -> None:
     words = sys.argv[1:] if args is None else args
     if words and words[0] in ("evaluate", "compare", "embed"):  # no subcommands of Lightning's trainer
         return evaluation_command(words[0], words[1:])
+    if words and words[0] == "speed":
+        return speed_command(words[1:])
     try:
         build_cli(args)
     except (ValueError, MisconfigurationException) as error:

@@ -141,12 +141,6 @@ class BlockDiagonalLinear(nn.Module):
         y = y.transpose(0, 1).reshape(*x.shape[:-1], dim)
         return y if self.bias is None else y + self.bias
 
-    def fold(self, weight: Tensor) -> Tensor:
-        """(n, dim) -> (n, dim): the map `weight` after this one (without its bias) as one map, in the dtype of `weight`."""
-        num_blocks, block_size, _ = self.weight.shape
-        parts = weight.view(-1, num_blocks, block_size).transpose(0, 1)  # (G, n, out)
-        return torch.bmm(parts, self.weight.to(weight.dtype)).transpose(0, 1).reshape(weight.shape)
-
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]} blocks of {self.weight.shape[1]}, bias={self.bias is not None}"
 
@@ -321,23 +315,22 @@ class MLSTMBranch(nn.Module):
         """
         weight = torch.cat([self.igate.weight, self.fgate.weight])  # (2 NH, 3 E)
         bias = torch.cat([self.igate.bias, self.fgate.bias])
+        blocks = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])  # (3 G, out, in)
         # Never in half precision: with fgate around 5, bfloat16 resolves the logarithm of the decay to 2 % only.
         dtype = torch.promote_types(inputs[0].dtype, torch.float32)
         with torch.autocast(inputs[0].device.type, enabled=False):
-            bias = bias.to(dtype)
-            maps: list[tuple[Tensor, Tensor]] = []
-            for x, proj, part in zip(
-                inputs, (self.q_proj, self.k_proj, self.v_proj), weight.to(dtype).chunk(3, dim=1), strict=True
-            ):
-                folded = proj.fold(part)
-                if proj.bias is not None:
-                    bias = bias + part @ proj.bias.to(dtype)
-                if maps and maps[-1][0] is x:
-                    folded = maps.pop()[1] + folded
-                maps.append((x, folded))
-            gates = F.linear(maps[0][0].to(dtype), maps[0][1], bias)
-            for x, folded in maps[1:]:
-                gates = gates + F.linear(x.to(dtype), folded)
+            weight, bias, blocks = weight.to(dtype), bias.to(dtype), blocks.to(dtype)
+            if self.q_proj.bias is not None:
+                biases = [proj.bias for proj in (self.q_proj, self.k_proj, self.v_proj)]
+                bias = torch.addmv(bias, weight, torch.cat(biases).to(dtype))  # type: ignore[arg-type]
+            folded = torch.bmm(weight.unflatten(1, blocks.shape[:2]).transpose(0, 1), blocks)  # (3 G, 2 NH, in)
+            q_map, k_map, v_map = folded.transpose(0, 1).flatten(1).chunk(3, dim=1)  # (2 NH, E)
+            of_q, of_k, of_v = (x.to(dtype) for x in inputs)
+            if inputs[0] is inputs[1]:
+                gates = F.linear(of_q, q_map + k_map, bias)
+            else:
+                gates = F.linear(of_q, q_map, bias) + F.linear(of_k, k_map)
+            gates = gates + F.linear(of_v, v_map)
         igate, fgate = gates.transpose(1, 2).chunk(2, dim=1)
         return igate, fgate
 

@@ -18,7 +18,7 @@ def adamw(
     """AdamW over the parameters of `network`, in the groups of `weight_decay_groups`."""
     # With a gradient scaler (16-mixed) fused AdamW would unscale inside step(), after the gradients were clipped.
     scaled = getattr(module.trainer.precision_plugin, "scaler", None) is not None
-    fused = True if module.device.type == "cuda" and not scaled else None
+    fused = True if module.device.type in ("cpu", "cuda") and not scaled else None
     groups = weight_decay_groups(network, weight_decay, lr_scales)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
 
