@@ -15,7 +15,7 @@ class RunSummary(L.Callback):
     """Prints what is about to run, and at the end what to run next.
 
     A module may add lines with `run_info() -> dict[str, str]`, a command with `next_command(checkpoint) -> str`, and results
-    that are known only at the end with `final_metrics: dict[str, float]`.
+    that are known only at the end with `final_metrics: dict[str, float]`; its parts may say `mlstm_info() -> str`.
 
     Args:
         hyper_parameters: Flat settings for TensorBoard's HPARAMS page.
@@ -46,6 +46,10 @@ class RunSummary(L.Callback):
         steps = trainer.estimated_stepping_batches
         lines["length"] = f"{trainer.max_epochs} epochs, {steps} steps"
         lines["hardware"] = f"{trainer.num_devices} x {trainer.strategy.root_device.type}, {trainer.precision}"
+        # Of networks with mLSTMs, once for each kind.
+        backends = {module.mlstm_info(): None for module in pl_module.modules() if hasattr(module, "mlstm_info")}  # type: ignore[operator]
+        if backends:
+            lines["mLSTM"] = "; ".join(backends)
         if trainer.global_step:
             lines["resumed at"] = f"step {trainer.global_step}"
         lines["logs"] = f"{log_dir}   (tensorboard --logdir logs)"

@@ -26,8 +26,8 @@ MLSTMBackend = Literal["auto", "recurrent", "parallel", "chunkwise", "triton"]
 MLSTM_BACKENDS: tuple[str, ...] = get_args(MLSTMBackend)
 
 # Longest sequence for which `auto` takes the quadratic form. On a CPU the curves of `benchmarks/mlstm_backends.py` cross
-# between 144 and 196 tokens forward, between 196 and 256 in training (benchmarks/results/); 196 keeps 224 px, where the two are
-# within 15 %, on the simpler form. Accelerators have not been measured and share the value.
+# between 144 and 196 tokens, with 8 images of 4 heads (benchmarks/results/); a single image favours the quadratic form a little
+# longer. Accelerators have not been measured and share the value.
 _PARALLEL_UP_TO = 144
 
 
@@ -79,7 +79,7 @@ def mlstm(
     _check_arguments(q, k, v, igate, fgate, backend, chunk_size)
     seq_len = q.shape[2]
     if backend == "auto":
-        backend = "parallel" if seq_len <= _PARALLEL_UP_TO else "chunkwise"
+        backend = _choose(seq_len)
 
     device_type = q.device.type
     if torch.is_autocast_enabled(device_type):
@@ -98,6 +98,19 @@ def mlstm(
         if backend == "parallel":
             return mlstm_parallel(q, k, v, igate, log_fgate, reverse=reverse, eps=eps)
         return mlstm_chunkwise(q, k, v, igate, log_fgate, reverse=reverse, chunk_size=chunk_size, eps=eps)
+
+
+def _choose(seq_len: int) -> str:
+    """What `auto` is."""
+    return "parallel" if seq_len <= _PARALLEL_UP_TO else "chunkwise"
+
+
+def describe_backend(backend: str) -> str:
+    """For a run's log: the backend, and for `auto` what it chooses and from which measurements."""
+    if backend != "auto":
+        return backend
+    short, long = _choose(1), _choose(_PARALLEL_UP_TO + 1)
+    return f"auto: {short} up to {_PARALLEL_UP_TO} tokens, {long} above (from measurements on CPUs)"
 
 
 def _triton() -> Callable[..., Tensor]:

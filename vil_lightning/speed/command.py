@@ -123,6 +123,8 @@ def run(args: list[str]) -> list[Row]:
     facts = {
         **circumstances(),
         "threads": torch.get_num_threads(),
+        # Of the allocator and of threads: they decide more on a CPU than most code does.
+        "environment": {k: v for k, v in os.environ.items() if k.startswith(("MALLOC_", "OMP_", "MKL_", "LD_PRELOAD"))},
         "command": shlex.join(["python", "main.py", "speed", *args]),
         "model_size": options.model_size,
         "dtype": options.dtype,
@@ -290,6 +292,7 @@ def write(path: Path, facts: dict[str, Any], rows: list[Row]) -> None:
         f"- hardware: {facts['hardware']}, {facts['threads']} torch threads",
         f"- load average of the last minute when started: {facts['load_average']:.2f}",
         f"- software: {versions}",
+        f"- environment: {' '.join(f'{k}={v}' for k, v in facts['environment'].items()) or 'nothing set'}",
         f"- command: `{facts['command']}`",
         f"- peak of a matrix product: {facts['matmul_peak_flops'] / 1e9:.0f} GFLOP/s",
         f"- medians of {facts['rounds']} rounds; in a round, all networks run once, in turn; ratios are taken within rounds",

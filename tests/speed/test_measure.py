@@ -1,0 +1,40 @@
+"""Interleaving, ratios within rounds, memory of a call."""
+
+import torch
+
+from vil_lightning.speed import measure
+
+CPU = torch.device("cpu")
+
+
+def test_interleaved__calls_all_in_turn_in_every_round() -> None:
+    calls: list[str] = []
+    times = measure.interleaved({name: lambda name=name: calls.append(name) for name in "abc"}, 4, CPU)  # type: ignore[misc]
+    assert calls == ["a", "b", "c"] * 4
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 4, "b": 4, "c": 4}
+    assert all(second > 0 for seconds in times.values() for second in seconds)
+
+
+def test_ratio__is_taken_within_rounds() -> None:
+    # Twice as fast in each round of a machine that gets ten times slower: the medians alone would say 2 as well, but not in
+    # the second case, where the drift has an odd number of slow rounds.
+    assert measure.ratio([1, 10, 1], [2, 20, 2]) == (2, 2, 2)
+    middle, low, high = measure.ratio([1, 1, 4, 4, 4], [3, 3, 4, 4, 20])
+    assert (middle, low, high) == (3, 1, 3)
+    assert measure.ratio([2.0], [3.0]) == (1.5, 1.5, 1.5)
+
+
+def test_peak_memory__is_what_a_call_needs_at_most() -> None:
+    def call() -> None:
+        first = torch.ones(16 * 2**20)  # 64 MiB
+        second = torch.ones(16 * 2**20)
+        del first
+        third = torch.ones(16 * 2**20)
+        del second, third
+
+    measured = measure.peak_memory(call, CPU)
+    assert measured is None or 120 * 2**20 <= measured <= 160 * 2**20
+
+
+def test_matmul_peak__is_a_rate() -> None:
+    assert 1e8 < measure.matmul_peak(CPU, torch.float32) < 1e14
