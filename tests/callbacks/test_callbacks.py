@@ -163,6 +163,7 @@ def test_run_summary__prints_start_and_next_command(
     checkpoint = ModelCheckpoint("checkpoints/some", save_last=True)
     fit([RunSummary({"model.num_prototypes": 16}), checkpoint], tmp_path)
     out = capsys.readouterr().out
+    assert out.count("auto: parallel up to") == 1  # once, for all blocks of both networks
     for part in ("DINO, 16 prototypes", "vil2_tiny_patch16_224", "2 steps", "Digits: 1438 training and 359 val"):
         assert part in out
     assert "Finished at step 2." in out

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from vil_lightning.ops import MLSTM_BACKENDS, mlstm
+from vil_lightning.ops import MLSTM_BACKENDS, describe_backend, mlstm
 from vil_lightning.ops.parallel import log_decay_matrix
 
 BACKENDS = ("recurrent", "parallel", "chunkwise")
@@ -313,6 +313,14 @@ def test_auto__is_parallel_for_short_and_chunkwise_for_long_sequences(
         spy_on(name)
     mlstm(*make_inputs(1, 1, mlstm_module._PARALLEL_UP_TO + above, 1))
     assert called == ["mlstm_chunkwise" if above else "mlstm_parallel"]
+
+
+def test_describe_backend__says_what_auto_chooses() -> None:
+    limit = mlstm_module._PARALLEL_UP_TO
+    assert (
+        describe_backend("auto") == f"auto: parallel up to {limit} tokens, chunkwise above (from measurements on CPUs)"
+    )
+    assert describe_backend("triton") == "triton"
 
 
 # --- bad arguments ----------------------------------------------------------------------------------------------------

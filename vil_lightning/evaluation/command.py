@@ -184,7 +184,7 @@ def parse(parser: ArgumentParser, args: list[str]) -> tuple[Namespace, ImageData
 
 def subject_of(built: Namespace, data: ImageDataModule, first: bool) -> Subject:
     """The network and its images, which are set up."""
-    backbone = BackboneConfig(built.backbone.name, built.backbone.weights, dict(built.backbone.kwargs or {}))
+    backbone = BackboneConfig(**{**vars(built.backbone), "kwargs": dict(built.backbone.kwargs or {})})
     cache_dir = None if built.cache_dir is None else Path(built.cache_dir)
     return Subject(backbone, data, cache_dir, built.precision, built.device, built.seed, built.progress and first)
 

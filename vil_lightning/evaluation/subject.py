@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,9 +100,7 @@ class Subject:
         data.img_size, data.eval_transform = img_size, EvalTransform(img_size, self.data.eval_transform.crop_pct)
         data._eval_datasets = {}
         other.data = data
-        other.backbone = BackboneConfig(
-            self.backbone.name, self.backbone.weights, {**self.backbone.kwargs, "img_size": img_size}
-        )
+        other.backbone = replace(self.backbone, kwargs={**self.backbone.kwargs, "img_size": img_size})
         return other
 
 
