@@ -43,7 +43,7 @@ KINDS = {
 def kind_of(name: str) -> str:
     words = name.removeprefix("aten::").strip("_")
     for kind, parts in KINDS.items():
-        if words in parts or any(part in words for part in parts if len(part) > 5):
+        if words in parts or any(part in words for part in parts if len(part) > 4):
             return kind
     return next((kind for kind, parts in KINDS.items() if any(words.startswith(part) for part in parts)), "other")
 

@@ -55,6 +55,16 @@ def test_train_step__moves_every_weight(monkeypatch: pytest.MonkeyPatch) -> None
     assert [n for n, p, b in zip(names, built[0].parameters(), before, strict=True) if torch.equal(p, b)] == []
 
 
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_count_flops__of_convolutions_forwards_and_backwards(groups: int) -> None:
+    conv = nn.Conv2d(8, 16, 3, padding=1, groups=groups)
+    x = torch.randn(2, 8, 5, 7, requires_grad=True)
+    forward = 2 * (2 * 16 * 5 * 7) * (8 // groups) * 9  # outputs, and what is multiplied for each
+    assert command.count_flops(lambda: conv(x)) == forward
+    assert command.count_flops(lambda: conv(x).sum().backward()) == 3 * forward
+    assert command.count_flops(lambda: conv(x.detach()).sum().backward()) == 2 * forward
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_entry__sets_fused_attention_for_itself_only(fused: bool) -> None:
     model = Entry("x", "vit_tiny_patch16_224", {"depth": 1}, fused_attn=fused).build(Resolution(32))

@@ -24,7 +24,7 @@ FORMAT = 1  # of results.json
 
 def circumstances() -> dict[str, Any]:
     """Date, hardware and versions."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "hardware": f"{device}, {os.cpu_count()} CPU cores",
@@ -36,6 +36,16 @@ def circumstances() -> dict[str, Any]:
             "lightning": lightning.__version__,
         },
     }
+
+
+def _processor() -> str:
+    """Its name, where Linux tells; otherwise its kind."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> Path:

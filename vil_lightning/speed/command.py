@@ -7,6 +7,7 @@ import argparse
 import csv
 import dataclasses
 import json
+import math
 import os
 import resource
 import shlex
@@ -219,9 +220,29 @@ def measure(
 
 def count_flops(step: Step) -> float:
     # Fused attention is counted in its parts, which all devices know.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _conv_backward_flops})
+    with counter, sdpa_kernel(SDPBackend.MATH):
         step()
     return float(counter.get_total_flops())
+
+
+def _conv_backward_flops(  # type: ignore[no-untyped-def]
+    grad_shape,
+    x_shape,
+    weight_shape,
+    bias,
+    stride,
+    padding,
+    dilation,
+    transposed,
+    output_padding,
+    groups,
+    wanted,
+    **kwargs,
+) -> int:
+    """As much as forwards for each gradient. torch's own formula forgets the groups: depthwise ones count E times."""
+    product = math.prod(x_shape if transposed else grad_shape) * math.prod(weight_shape[1:])
+    return 2 * product * sum(wanted[:2])
 
 
 def short(error: BaseException) -> str:
