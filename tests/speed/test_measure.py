@@ -33,7 +33,8 @@ def test_peak_memory__is_what_a_call_needs_at_most() -> None:
         del second, third
 
     measured = measure.peak_memory(call, CPU)
-    assert measured is None or 120 * 2**20 <= measured <= 160 * 2**20
+    # Two of them at a time; the allocator may keep the pages of the first one.
+    assert measured is None or 120 * 2**20 <= measured <= 208 * 2**20
 
 
 def test_matmul_peak__is_a_rate() -> None:

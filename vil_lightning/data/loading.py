@@ -9,7 +9,9 @@ An image that cannot be read is replaced by another one, the same every time, an
 run.
 """
 
+import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -308,6 +310,10 @@ class ResumableLoader(DataLoader[Any]):
             if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader "):
                 raise
             reason = str(error).partition("\n")[0] or type(error).__name__
+            if not isinstance(error, RuntimeError):
+                # The signal of its death may still be on its way. It raises wherever the program then is: let it be here.
+                with contextlib.suppress(RuntimeError):
+                    time.sleep(0.5)
             raise ConfigError(
                 f"A data worker died or stopped answering ({reason}). It may have run out of memory (use "
                 "fewer data.num_workers), out of shared memory, or the file system that holds the images may have gone "

@@ -20,7 +20,10 @@ def adamw(
     scaled = getattr(module.trainer.precision_plugin, "scaler", None) is not None
     fused = True if module.device.type in ("cpu", "cuda") and not scaled else None
     groups = weight_decay_groups(network, weight_decay, lr_scales)
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
+    # There is no scaler whose work a fused step would do: Lightning would refuse to clip gradients (bf16-mixed) because of it.
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
