@@ -211,3 +211,12 @@ def test_encode_clusters__gradient_checkpointing_changes_nothing(name: str, kwar
         assert runs[0] == 1 + enable  # once more in the backward pass
     for plain, again in zip(*results, strict=True):
         assert torch.equal(plain, again)
+
+
+def test_encode_clusters__with_stochastic_depth_that_skips_images() -> None:
+    network = vil(drop_path_rate=0.2).train()
+    x = images().double()[:1].expand(10, -1, -1, -1)  # ten times the same image
+    (out,) = encode_clusters(network, x, 2, [3])
+    assert out.isfinite().all()
+    different = {tuple(tokens.flatten()[:4].tolist()) for tokens in out}
+    assert 1 < len(different) <= 10  # two of ten are left out of each block

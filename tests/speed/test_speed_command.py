@@ -55,6 +55,13 @@ def test_train_step__moves_every_weight(monkeypatch: pytest.MonkeyPatch) -> None
     assert [n for n, p, b in zip(names, built[0].parameters(), before, strict=True) if torch.equal(p, b)] == []
 
 
+@pytest.mark.parametrize("work", ["forward", "train", "dino"])
+def test_flops_of_one__those_of_a_batch_are_a_multiple(work: str) -> None:
+    entry, settings = Entry("x", "vil2_tiny_patch16_224", SMALL), Settings(CPU, num_prototypes=16)
+    three = command.count_flops(make_step(entry, Resolution(64), work, 3, settings))
+    assert three == pytest.approx(3 * command.flops_of_one(entry, Resolution(64), work, settings), rel=2e-3)
+
+
 @pytest.mark.parametrize("groups", [1, 2, 8])
 def test_count_flops__of_convolutions_forwards_and_backwards(groups: int) -> None:
     conv = nn.Conv2d(8, 16, 3, padding=1, groups=groups)
@@ -79,6 +86,9 @@ def test_resolution__gives_all_networks_the_same_number_of_tokens() -> None:
     deit = Entry("x", "deit_tiny_patch16_224", {"depth": 1}).build(resolution)
     assert vil.patch_embed.num_patches == deit.patch_embed.num_patches == 729  # type: ignore[union-attr]
     assert Resolution.parse("512").of_vil == {"img_size": 512}
+    assert (Resolution(224).local.size, Resolution(224).local.num_tokens) == (96, 36)
+    assert resolution.local.num_tokens == 121  # of local views, too
+    assert resolution.local.image_size(Entry("x", "deit_tiny_patch16_224")) == 11 * 16
 
 
 def test_speed__writes_table_csv_json_and_picture(

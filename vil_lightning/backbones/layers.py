@@ -315,7 +315,8 @@ class MLSTMBranch(nn.Module):
         """Pre-activations (B, NH, S) of both gates, from what q, k and v are computed from (B, S, E).
 
         The gates are linear in [q; k; v], and these in their inputs: the maps are multiplied first, which costs next to
-        nothing. Neither the (B, S, 3 E) concatenation nor a product with it is needed; q and k share theirs.
+        nothing. Neither the (B, S, 3 E) concatenation nor a product with it is needed; q and k share theirs. (So what is hooked
+        to, or put in the place of, `q_proj`, `k_proj` and `v_proj` does not reach the gates.)
         """
         weight = torch.cat([self.igate.weight, self.fgate.weight])  # (2 NH, 3 E)
         bias = torch.cat([self.igate.bias, self.fgate.bias])

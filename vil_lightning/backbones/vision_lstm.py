@@ -263,7 +263,7 @@ class ViLBlock(nn.Module):
         if self.training and isinstance(self.drop_path, DropPath):
             kept = images_to_keep(x.shape[0], self.drop_path.drop_prob, x.device)
             if kept is not None:
-                y = self._branch(x[kept], layout.of_images(kept))
+                y = self._branch(x.index_select(0, kept), layout.of_images(kept))
                 return x.index_add(0, kept, y.to(x.dtype), alpha=x.shape[0] / kept.shape[0])
         return x + self.drop_path(self._branch(x, layout))
 

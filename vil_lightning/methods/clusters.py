@@ -71,6 +71,10 @@ class ClusterLayout(NamedTuple):
     def seq_len(self) -> int:
         return len(self.sources) // (self.h * self.w) * (self.h - 2 * self.rim) * (self.w - 2 * self.rim)
 
+    def of_images(self, images: Tensor) -> "ClusterLayout":
+        """The layout of some images of a batch: all have the same."""
+        return self
+
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, M, C) -> patches (B, M, C) and class tokens (B, 0, C)."""
         return x, x[:, :0]

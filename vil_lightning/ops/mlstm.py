@@ -55,6 +55,9 @@ def mlstm(
     computed in float32 (float64 for float64 inputs), also under autocast; only the products with `q`, `k` and `v` run
     in the (autocast) dtype of those.
 
+    `chunkwise` and `triton` can be differentiated once, by autograd; `parallel` and `recurrent` also twice, and under the
+    transforms of `torch.func`.
+
     Args:
         q: Queries (B, NH, S, DH).
         k: Keys (B, NH, S, DH); divided by sqrt(DH) here.

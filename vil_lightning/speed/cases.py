@@ -119,6 +119,11 @@ class Resolution:
     def of_others(self) -> dict[str, Any]:
         return {"img_size": self.side * PATCH_SIZE}
 
+    @property
+    def local(self) -> "Resolution":
+        """Of DINO's local views: 3/7 of the side, as 96 of 224 px."""
+        return Resolution(max(1, round(self.size * 3 / 7 / PATCH_SIZE)) * PATCH_SIZE, self.stride)
+
     def image_size(self, entry: Entry) -> int:
         return self.size if entry.name.startswith("vil") else self.side * PATCH_SIZE
 
@@ -210,7 +215,7 @@ def _train(entry: Entry, resolution: Resolution, batch: int, settings: Settings)
 
 
 def _dino(entry: Entry, resolution: Resolution, batch: int, settings: Settings) -> Step:
-    """Two global and eight local views of an image (3/7 of the side: 96 of 224 px); the student runs once a size of views."""
+    """Two global and eight local views of an image; the student runs once for each size of views."""
     student, teacher = (_network(entry, resolution, settings, any_size=True) for _ in range(2))
     for model in (student, teacher):
         model.reset_classifier(0)  # type: ignore[operator]
@@ -222,9 +227,8 @@ def _dino(entry: Entry, resolution: Resolution, batch: int, settings: Settings) 
     optimizer = _optimizer(trained)
     for model in (student, teacher):
         _compile(model, settings)
-    size = resolution.image_size(entry)
-    local_size = max(1, round(size * 3 / 7 / PATCH_SIZE)) * PATCH_SIZE
-    global_views, local_views = _images(2 * batch, size, settings), _images(8 * batch, local_size, settings)
+    global_views = _images(2 * batch, resolution.image_size(entry), settings)
+    local_views = _images(8 * batch, resolution.local.image_size(entry), settings)
 
     def step() -> None:
         with _autocast(settings):

@@ -118,7 +118,7 @@ def run(args: list[str]) -> list[Row]:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     chosen = choose(entries(options.model_size, options.backends), options.networks)
-    if device.type == "cpu":
+    if device.type == "cpu" and "compiled" not in options.modes:  # compilers reserve far more than they use
         _refuse_memory_in_time()
     peak = matmul_peak(device, DTYPES[options.dtype])
     facts = {
@@ -183,27 +183,27 @@ def measure(
     steps: dict[str, Step] = {}
     for entry in chosen:
         row = rows[entry.label]
+        step: Step | None = None
         try:
             step = make_step(entry, resolution, work, batch, settings)
-            if not compiled:
-                row.flops = count_flops(step)
-            else:
-                step()
+            step()
             first = seconds(step, settings.device)
             if first > limit:
                 row.note = f"a step takes {first:.0f} s, more than --limit {limit:g}"
-                continue
-            row.memory = peak_memory(step, settings.device)
-        except (
-            RuntimeError,
-            MemoryError,
-        ) as error:  # torch.OutOfMemoryError and failures of compilers are RuntimeErrors
+            else:
+                # The pools of CUDA graphs are held between steps, so that a step itself seems to need nothing.
+                graphs = settings.device.type == "cuda" and settings.compile_mode in ("reduce-overhead", "max-autotune")
+                row.memory = None if graphs else peak_memory(step, settings.device)
+                row.flops = batch * flops_of_one(entry, resolution, work, settings)
+        except (RuntimeError, ValueError, MemoryError) as error:  # out of memory; a compiler's or a backend's failure
             row.note = short(error)
-            del error
+        if row.note:
+            step = None  # frees what it holds
             if settings.device.type == "cuda":
                 torch.cuda.empty_cache()
-            continue
-        steps[entry.label] = step
+        else:
+            assert step is not None
+            steps[entry.label] = step
 
     times = interleaved(steps, rounds, settings.device)
     for label, measured in times.items():
@@ -216,6 +216,11 @@ def measure(
         if row.flops:
             row.share_of_peak = row.flops / middle / peak
     return list(rows.values())
+
+
+def flops_of_one(entry: Entry, resolution: Resolution, work: str, settings: Settings) -> float:
+    """FLOPs of a step for one image, of which those of a batch are a multiple. (Counting takes attention's S x S matrices.)"""
+    return count_flops(make_step(entry, resolution, work, 1, dataclasses.replace(settings, compile_mode=None)))
 
 
 def count_flops(step: Step) -> float:
@@ -317,7 +322,8 @@ def write(path: Path, facts: dict[str, Any], rows: list[Row]) -> None:
         f"- command: `{facts['command']}`",
         f"- peak of a matrix product: {facts['matmul_peak_flops'] / 1e9:.0f} GFLOP/s",
         f"- medians of {facts['rounds']} rounds; in a round, all networks run once, in turn; ratios are taken within rounds",
-        "- GiB: by which a step's memory grows beyond what is held before; GFLOP: counted in matrix products and convolutions",
+        "- GiB: by which a step's memory grows beyond what is held before; GFLOP: of products and convolutions, with what",
+        "  the `chunkwise` mLSTM computes again backwards, without what fused attention does",
         "",
     ]
     groups: dict[tuple[str, str, bool], list[Row]] = {}

@@ -29,11 +29,16 @@ def seconds(call: Call, device: torch.device) -> float:
 
 
 def interleaved(calls: Mapping[str, Call], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each call in each round. In a round all run once, in turn, so that a machine's drift meets all of them."""
+    """Seconds of each call in each round. In a round all run once, in turn, so that a machine's drift meets all of them.
+
+    Every round starts with another one, so that none always follows the same.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(seconds(call, device))
+    names = list(calls)
+    for i in range(rounds):
+        first = i % max(len(names), 1)
+        for name in names[first:] + names[:first]:
+            times[name].append(seconds(calls[name], device))
     return times
 
 
