@@ -460,13 +460,23 @@ def test_configure_optimizers__length_given_in_steps_alone() -> None:
     assert model.distillation.steps == {"lr_warmup": 2, "teacher_temp_warmup": 0, "freeze_last_layer": 4, "total": 6}
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("scaler", [None, object()], ids=["bf16 or float32", "with a gradient scaler"])
-def test_optimizer__is_fused_on_cuda_unless_gradients_are_scaled(scaler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    # With a scaler, fused AdamW would unscale inside step(), after the gradients were clipped.
+def test_optimizer__is_fused_unless_gradients_are_scaled(
+    scaler: Any, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With a scaler, fused AdamW would unscale inside step(), after the gradients were clipped. Without one, it must not say
+    # that it unscales: Lightning would refuse to clip.
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **kwargs: seen.update(kwargs))
+
+    def make(groups: Any, **kwargs: Any) -> Any:
+        seen.update(kwargs)
+        return SimpleNamespace(_step_supports_amp_scaling=True)
+
+    monkeypatch.setattr(torch.optim, "AdamW", make)
     stub = SimpleNamespace(
-        trainer=SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler)), device=torch.device("cuda")
+        trainer=SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler)), device=torch.device(device)
     )
-    adamw(stub, torch.nn.Linear(2, 2), lr=0.1, weight_decay=0.0)  # type: ignore[arg-type]
+    optimizer = adamw(stub, torch.nn.Linear(2, 2), lr=0.1, weight_decay=0.0)  # type: ignore[arg-type]
+    assert not optimizer._step_supports_amp_scaling
     assert seen["fused"] is (True if scaler is None else None)
