@@ -15,11 +15,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from vil_lightning.evaluation.report import processor
 from vil_lightning.ops import mlstm
 
 SEQUENCE_LENGTHS = (16, 64, 144, 196, 256, 384, 512, 729, 1024, 2048)
@@ -114,12 +114,7 @@ def seconds(call: Callable[[], object], repeats: int, device: torch.device) -> f
 def hardware(device: str) -> str:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        models = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
-    return f"{name}, {os.cpu_count()} cores visible, {torch.get_num_threads()} torch threads"
+    return f"{processor()}, {os.cpu_count()} cores visible, {torch.get_num_threads()} torch threads"
 
 
 if __name__ == "__main__":

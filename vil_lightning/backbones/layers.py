@@ -331,12 +331,12 @@ class MLSTMBranch(nn.Module):
             # Not as products of matrices: hundreds of 4 x 4 ones take longer than this.
             folded = (weight.unflatten(1, blocks.shape[:2])[..., None] * blocks).sum(2)  # (2 NH, 3 G, in)
             q_map, k_map, v_map = folded.flatten(1).chunk(3, dim=1)  # (2 NH, E)
-            of_q, of_k, of_v = (x.to(dtype) for x in inputs)
-            if inputs[0] is inputs[1]:
-                gates = F.linear(of_q, q_map + k_map, bias)
+            of_q, of_k, of_v = inputs
+            if of_q is of_k:
+                gates = F.linear(of_q.to(dtype), q_map + k_map, bias)
             else:
-                gates = F.linear(of_q, q_map, bias) + F.linear(of_k, k_map)
-            gates = gates + F.linear(of_v, v_map)
+                gates = F.linear(of_q.to(dtype), q_map, bias) + F.linear(of_k.to(dtype), k_map)
+            gates = gates + F.linear(of_v.to(dtype), v_map)
         igate, fgate = gates.transpose(1, 2).chunk(2, dim=1)
         return igate, fgate
 

@@ -24,7 +24,7 @@ FORMAT = 1  # of results.json
 
 def circumstances() -> dict[str, Any]:
     """Date, hardware and versions."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "hardware": f"{device}, {os.cpu_count()} CPU cores",
@@ -38,7 +38,7 @@ def circumstances() -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     """Its name, where Linux tells; otherwise its kind."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

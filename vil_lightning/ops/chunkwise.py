@@ -37,7 +37,10 @@ def mlstm_chunkwise(
         # A padded token writes nothing (input gate -inf, key 0) and forgets nothing (log forget gate 0).
         q, k, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v))
         igate, log_fgate = F.pad(igate, (0, pad), value=-math.inf), F.pad(log_fgate, (0, pad))
-    decay_sum, row_max = gate_sums(igate, log_fgate, reverse=reverse)
+    if reverse:
+        decay_sum, row_max = (x.flip(-1) for x in gate_sums(igate.flip(-1), log_fgate.flip(-1)))
+    else:
+        decay_sum, row_max = gate_sums(igate, log_fgate)
     q, k, v = (x.reshape(batch * heads, num_chunks, length, head_dim) for x in (q, k, v))
     numbers = (x.reshape(batch * heads, num_chunks, length) for x in (decay_sum, igate, row_max))
     hidden = _Chunkwise.apply(q, k, v, *numbers, reverse, eps)
@@ -45,26 +48,22 @@ def mlstm_chunkwise(
     return hidden[:, :, :seq_len] if pad else hidden
 
 
-def gate_sums(igate: Tensor, log_fgate: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
-    """Sums of the gates along the scan, in float64, since differences of them are needed later.
+def gate_sums(igate: Tensor, log_fgate: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of the gates from the first token on, in float64, since differences of them are needed later.
 
     MPS has no float64: there, rounding grows with the sum. 4,096 tokens that forget half of the state each cost two digits.
 
     Args:
         igate: a (B, NH, S).
         log_fgate: (B, NH, S).
-        reverse: The scan starts at the last token.
 
     Returns:
-        F_t, the sum of `log_fgate` up to token t, and max over s <= t of F_t - F_s + a_s; (B, NH, S), in the order of tokens.
+        F_t, the sum of `log_fgate` up to token t, and max over s <= t of F_t - F_s + a_s; (B, NH, S).
     """
     wide = log_fgate.dtype if log_fgate.device.type == "mps" else torch.float64
     igate, log_fgate = igate.to(wide), log_fgate.to(wide)
-    if reverse:
-        igate, log_fgate = igate.flip(-1), log_fgate.flip(-1)
     decay_sum = log_fgate.cumsum(-1)
-    row_max = decay_sum + (igate - decay_sum).cummax(-1).values
-    return (decay_sum.flip(-1), row_max.flip(-1)) if reverse else (decay_sum, row_max)
+    return decay_sum, decay_sum + (igate - decay_sum).cummax(-1).values
 
 
 class _Gates(NamedTuple):
@@ -181,14 +180,16 @@ class _Chunkwise(torch.autograd.Function):
         denominator_grad = -(hidden_grad * hidden).sum(-1, dtype=dtype) * inverse
         row_max_grad = denominator_grad * gates.eps
         sum_grad = torch.where(read_sum.abs() > gates.floor, denominator_grad * read_sum.sign(), 0)[..., None]
-        grad = hidden_grad * inverse[..., None]  # of the numerator, (N, NC, L, DH)
-        half_grad = grad.to(q.dtype)
+        grad = (
+            hidden_grad * inverse[..., None]
+        )  # of the numerator, (N, NC, L, DH); rounded for products with q, k and v
+        rounded_grad = grad.to(q.dtype)
 
         # Inside the chunks.
         scores = _bmm(q, k.mT).to(dtype)
-        scores_grad = _bmm(half_grad, v.mT).to(dtype).add_(sum_grad).mul_(gates.decay)
+        scores_grad = _bmm(rounded_grad, v.mT).to(dtype).add_(sum_grad).mul_(gates.decay)
         weights = (scores * gates.decay).to(v.dtype)
-        v_grad = _bmm(weights.mT, half_grad).to(dtype)
+        v_grad = _bmm(weights.mT, rounded_grad).to(dtype)
         del weights
         log_grad = scores.mul_(scores_grad)  # of the logarithms of the weights
         row_grad, column_grad = log_grad.sum(-1), log_grad.sum(-2)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vil_lightning.ops import triton_kernels as kernels
+from vil_lightning.ops.chunkwise import gate_sums
 
 ONE_PASS_UP_TO = 512
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -63,8 +64,7 @@ def mlstm_triton(
     if reverse:
         # From here in the order of the scan. Gates have 1 / DH of the size of q, k or v.
         igate, log_fgate = igate.flip(-1), log_fgate.flip(-1)
-    decay_sum = log_fgate.double().cumsum(-1)
-    row_max = decay_sum + (igate.double() - decay_sum).cummax(-1).values
+    decay_sum, row_max = gate_sums(igate, log_fgate)
     seq_len = q.shape[2]
     one_pass = seq_len <= ONE_PASS_UP_TO
     chunk_blocks = -(-(seq_len if one_pass else chunk_size) // block)

@@ -12,7 +12,7 @@ import torch
 from lightly.loss import DINOLoss
 from lightly.models.modules.heads import DINOProjectionHead
 from lightly.models.utils import update_momentum
-from timm.layers import set_fused_attn
+from timm.layers import set_fused_attn, use_fused_attn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -52,11 +52,12 @@ class Entry:
             kwargs.pop("img_size")  # takes any
         if any_size and self.name.startswith(("deit", "vit")):
             kwargs["dynamic_img_size"] = True  # the others do it without being asked
+        before = bool(use_fused_attn())
         set_fused_attn(self.fused_attn)
         try:
             model = timm.create_model(self.name, num_classes=NUM_CLASSES, **kwargs)
         finally:
-            set_fused_attn(True)
+            set_fused_attn(before)
         return as_published(model) if self.published else model
 
 

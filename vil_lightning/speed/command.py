@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import os
-import resource
 import shlex
 import statistics
 import sys
@@ -131,7 +130,7 @@ def run(args: list[str]) -> list[Row]:
         "dtype": options.dtype,
         "matmul_peak_flops": peak,
         "rounds": options.rounds,
-        "load_average": os.getloadavg()[0],
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
     tokens = options.tokens or (25088 if device.type == "cuda" else 1568)
     rows: list[Row] = []
@@ -266,6 +265,8 @@ def _refuse_memory_in_time() -> None:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, StopIteration):
         return  # not Linux
+    import resource  # only there
+
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     soft = used + int(0.9 * available)
     resource.setrlimit(resource.RLIMIT_AS, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
@@ -316,7 +317,7 @@ def write(path: Path, facts: dict[str, Any], rows: list[Row]) -> None:
         "",
         f"- date: {facts['date']}",
         f"- hardware: {facts['hardware']}, {facts['threads']} torch threads",
-        f"- load average of the last minute when started: {facts['load_average']:.2f}",
+        f"- load average of the last minute when started: {facts['load_average']}",
         f"- software: {versions}",
         f"- environment: {' '.join(f'{k}={v}' for k, v in facts['environment'].items()) or 'nothing set'}",
         f"- command: `{facts['command']}`",
