@@ -40,8 +40,8 @@ class BackboneConfig:
         weights: A checkpoint of any method here, a published `.th`, a plain state dict or `.safetensors`. None starts
             from the initialisation.
         kwargs: Arguments of the model, e.g. `{img_size: 96, drop_path_rate: 0.1}`.
-        grad_checkpointing: Compute each block again in the backward pass instead of keeping what is inside: much less memory
-            for a third more time. It does not change the numbers, and is not recorded in checkpoints.
+        grad_checkpointing: Compute each block again in the backward pass instead of keeping what is inside: less memory for
+            more time (see benchmarks/PERFORMANCE.md). It does not change the numbers, and is not recorded in checkpoints.
     """
 
     name: str | None = None
