@@ -26,6 +26,8 @@ from vil_lightning.callbacks import LastCheckpoint, PredictionWriter, RunProgres
 from vil_lightning.checkpoint_io import AtomicCheckpointIO
 from vil_lightning.errors import ConfigError
 from vil_lightning.evaluation.command import main as evaluation_command
+from vil_lightning.methods.batch_norm import BatchNormSync
+from vil_lightning.methods.run_length import divide_batch
 from vil_lightning.speed.command import main as speed_command
 
 LOG_ROOT = Path("logs")
@@ -52,7 +54,7 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 class VilCLI(LightningCLI):
-    """Adds `run_name`, `overwrite`, `checkpoint` and `predictions` to Lightning's arguments."""
+    """Adds `run_name`, `overwrite`, `global_batch_size`, `checkpoint` and `predictions` to Lightning's arguments."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -63,6 +65,13 @@ class VilCLI(LightningCLI):
         )
         parser.add_argument(
             "--overwrite", type=bool, default=False, help="Delete logs and checkpoints of an earlier run of this name."
+        )
+        parser.add_argument(
+            "--global_batch_size",
+            type=int | None,
+            default=None,
+            help="Images per optimiser step over all devices. data.batch_size is then the largest batch of one device, and "
+            "accumulation follows from both and the number of devices.",
         )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
@@ -112,6 +121,10 @@ class VilCLI(LightningCLI):
 
     def before_fit(self) -> None:
         strategy = self.trainer.strategy
+        if (images := self.config["fit"].global_batch_size) is not None:
+            divide_batch(self.trainer, self.model, self.datamodule, images)
+        if getattr(strategy, "_layer_sync", None) is not None:  # trainer.sync_batchnorm
+            strategy._layer_sync = BatchNormSync(on_cpu=strategy.root_device.type == "cpu")  # type: ignore[attr-defined]
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = AtomicCheckpointIO()
         self._replace_save_last()

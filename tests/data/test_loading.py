@@ -125,7 +125,7 @@ def test_resumable_loader__state_counts_on_after_resuming() -> None:
     resumed.load_state_dict({"batches_done": 2})
     iterator = iter(resumed)
     next(iterator)
-    assert resumed.state_dict() == {"batches_done": 3}
+    assert resumed.state_dict() == {"batches_done": 3, "images_per_batch": resumed.images_per_batch}
 
 
 def test_resumable_loader__finished_epoch_starts_the_next_one_from_its_beginning() -> None:

@@ -15,13 +15,14 @@ from torchvision.io import write_png
 
 from vil_lightning.callbacks import OnlineKNN, RunProgressBar, RunSummary, Throughput, ViewPictures
 from vil_lightning.callbacks.published_curve import read_curves
-from vil_lightning.cli import VilCLI, build_cli
+from vil_lightning.cli import VilCLI, build_cli, run_name_of
 from vil_lightning.data import Digits, TrainTransform
 from vil_lightning.evaluation.command import embed_parser, evaluate_parser
 from vil_lightning.methods import DINO, LinearProbe, Supervised
 from vil_lightning.methods.backbone import BackboneConfig
+from vil_lightning.methods.run_length import split_batch
 
-OVERLAYS = sorted((CONFIGS / "overlays").glob("*.yaml"))
+OVERLAYS = sorted([*(CONFIGS / "overlays").glob("*.yaml"), *(CONFIGS / "trainer").glob("*.yaml")])
 SUITES = sorted(CONFIGS.glob("evaluate*.yaml"))  # of other commands
 EMBED = CONFIGS / "embed.yaml"
 RECIPES = sorted(set(CONFIGS.rglob("*.yaml")) - set(OVERLAYS) - {*SUITES, EMBED})
@@ -44,10 +45,13 @@ def header(path: Path) -> str:
     return " ".join(line.removeprefix("#").strip().removesuffix("\\") for line in lines)
 
 
+def num_processes(trainer: dict[str, Any]) -> int:
+    return trainer.get("devices", 1) * trainer.get("num_nodes", 1)
+
+
 def global_batch(recipe: dict[str, Any]) -> int:
     trainer = recipe["trainer"]
-    processes = trainer.get("devices", 1) * trainer.get("num_nodes", 1)
-    return recipe["data"]["init_args"]["batch_size"] * processes * trainer.get("accumulate_grad_batches", 1)
+    return recipe.get("global_batch_size") or recipe["data"]["init_args"]["batch_size"] * num_processes(trainer)
 
 
 def build(*args: str) -> VilCLI:
@@ -157,7 +161,7 @@ def test_supervised__arithmetic_of_the_comments(path: Path) -> None:
         return
     trainer = recipe["trainer"]
     factors = [trainer.get("num_nodes", 1), trainer["devices"], recipe["data"]["init_args"]["batch_size"]]
-    factors.append(trainer.get("accumulate_grad_batches", 1))
+    factors.append(split_batch(batch, factors[2], factors[0] * factors[1], even=True)[1])
     arithmetic = re.search(r"Batch: +([^=]*) = (\d+)\.", header(path))
     assert arithmetic is not None
     assert int(arithmetic[2]) == batch
@@ -575,6 +579,72 @@ def test_overlay__adds_all_instruments_to_a_recipe() -> None:
             assert getattr(kinds[name], key) == value
     assert {"OnlineKNN", "ViewPictures", *(entry["class_path"].rsplit(".", 1)[1] for entry in wanted)} <= kinds.keys()
     assert cli.run_name == "pretrain_dino"
+
+
+TRAINERS = sorted((CONFIGS / "trainer").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def parser() -> Any:
+    """Of the command line without a subcommand; building it takes longer than all else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["main.py"])
+        return build("--config", str(CONFIGS / "pretrain_dino.yaml")).parser
+
+
+def check_layers(parser: Any, recipe: Path, overlays: list[Path], root: Path) -> None:
+    """The overlays win over the recipe and over one another, and nothing else is lost."""
+    files = [recipe, *overlays]
+    content = [yaml.safe_load(path.read_text()) for path in files]
+    folder = ["--data.root", str(root)] if content[0]["data"]["class_path"].endswith("ImageFolder") else []
+    config = parser.parse_args([*(word for path in files for word in ("--config", str(path))), *folder])
+    wanted: dict[str, Any] = {}
+    for layer in content:
+        merge(wanted, layer)
+    assert differences(wanted, yaml.safe_load(parser.dump(config, skip_validation=True))) == []
+    assert run_name_of(config) == run_name(recipe)
+
+
+def merge(base: dict[str, Any], layer: dict[str, Any]) -> None:
+    for key, value in layer.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            merge(base[key], value)
+        else:
+            base[key] = value
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=recipe_id)
+def test_overlays_of_the_trainer__are_read_on_top_of_every_recipe(path: Path, root: Path, parser: Any) -> None:
+    check_layers(parser, path, TRAINERS, root)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlay", TRAINERS, ids=recipe_id)
+def test_overlay_of_the_trainer__alone_is_read_on_top_of_every_recipe(overlay: Path, root: Path, parser: Any) -> None:
+    for path in RECIPES:
+        check_layers(parser, path, [overlay], root)
+
+
+@pytest.mark.parametrize("path", TRAINERS, ids=recipe_id)
+def test_overlay_of_the_trainer__says_how_it_is_run(path: Path) -> None:
+    text = path.read_text()
+    assert f"configs/trainer/{path.name}" in text or "scripts/slurm.sbatch" in text
+    for file in re.findall(r"(?:configs|scripts)/[\w/]+\.(?:yaml|sbatch|sh)", text):
+        assert (CONFIGS.parent / file).is_file(), file
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if p.parent.name == "imagenet"], ids=recipe_id)
+def test_recipe__global_batch_is_what_its_devices_make_of_it(path: Path) -> None:
+    recipe = yaml.safe_load(path.read_text())
+    if path.stem in ("evaluate", "linear_probe"):  # train nothing, on one device
+        assert "global_batch_size" not in recipe
+        return
+    batch, largest = recipe["global_batch_size"], recipe["data"]["init_args"]["batch_size"]
+    per_device, accumulated = split_batch(batch, largest, num_processes(recipe["trainer"]))
+    assert per_device == largest
+    written = f" x {accumulated} accumulated" if accumulated > 1 else ""
+    assert f" x {largest}{written} = {batch}." in header(path)
+    assert "accumulate_grad_batches" not in path.read_text()
 
 
 # --- the recipes of `main.py evaluate` and `main.py embed` -----------------------------------------------------------

@@ -648,8 +648,9 @@ def recipe_of(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any
     text = path.read_text()
     recipe = yaml.safe_load(text)
     fit, model, data = recipe["trainer"], recipe["model"]["init_args"], recipe["data"]["init_args"]
-    accumulate = fit.get("accumulate_grad_batches", 1)
-    batch = data["batch_size"] * fit.get("devices", 1) * accumulate
+    per_micro_batch = data["batch_size"] * fit.get("devices", 1)
+    batch = recipe.get("global_batch_size", per_micro_batch)
+    accumulate = batch // per_micro_batch
     found = re.search(r"base_lr: \S+ +# x (\d+) / 256 = (\S+)", text)
     assert found is not None
     assert int(found[1]) == batch
@@ -657,9 +658,6 @@ def recipe_of(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any
     if path.parent.name == "imagenet":
         micro = f" x {accumulate} accumulated" if accumulate > 1 else ""
         assert f"# Batch:  {fit['devices']} GPUs x {data['batch_size']}{micro} = {batch}." in text
-        one_gpu = re.search(r"--trainer\.devices 1 --trainer\.accumulate_grad_batches (\d+)", text)
-        assert one_gpu is not None
-        assert int(one_gpu[1]) * data["batch_size"] == batch
     view = TrainTransform(**data["train_transform"]["init_args"])
     assert view.img_size == data["img_size"]
     assert not view.three_augment

@@ -9,6 +9,21 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.panel import Panel
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def batch_norms(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Names and modules of those that are being trained; frozen networks and teachers are in eval mode."""
+    return [(name, part) for name, part in module.named_modules() if isinstance(part, _BatchNorm) and part.training]
+
+
+def statistics_of(module: L.LightningModule) -> str:
+    """What is computed over the images of a micro batch of all devices, with its verb; empty if nothing is."""
+    parts = [getattr(module, "micro_batch_statistics", "")]
+    if batch_norms(module):
+        parts.append("batch norms take their statistics")
+    return ", ".join(part for part in parts if part)
 
 
 class RunSummary(L.Callback):
@@ -16,6 +31,7 @@ class RunSummary(L.Callback):
 
     A module may add lines with `run_info() -> dict[str, str]`, a command with `next_command(checkpoint) -> str`, and results
     that are known only at the end with `final_metrics: dict[str, float]`; its parts may say `mlstm_info() -> str`.
+    What it computes over a micro batch it says, with a verb, in `micro_batch_statistics: str`.
 
     Args:
         hyper_parameters: Flat settings for TensorBoard's HPARAMS page.
@@ -42,6 +58,15 @@ class RunSummary(L.Callback):
             batch = data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
             lines["batch"] = (
                 f"{batch} = {data.batch_size} x {trainer.world_size} device(s) x {trainer.accumulate_grad_batches} accumulated"
+            )
+            acting = statistics_of(pl_module)
+            if acting and trainer.accumulate_grad_batches > 1:
+                lines["batch"] += f"; not as in one batch of {batch}: {acting} once per accumulated batch"
+        alone = [name for name, norm in batch_norms(pl_module) if not isinstance(norm, nn.SyncBatchNorm)]
+        if alone and trainer.world_size > 1:
+            rank_zero_warn(
+                f"{len(alone)} batch norms ({alone[0]}, ...) see the images of their own device only, so the run depends on "
+                "the number of devices. Set trainer.sync_batchnorm=true for statistics of all devices."
             )
         steps = trainer.estimated_stepping_batches
         lines["length"] = f"{trainer.max_epochs} epochs, {steps} steps"

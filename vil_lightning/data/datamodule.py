@@ -108,6 +108,9 @@ class ImageDataModule(L.LightningDataModule):
             )
         self.img_size = img_size
         self.batch_size = batch_size
+        self.global_batch_size: int | None = (
+            None  # of all devices and micro batches; if set, an epoch is made of whole steps
+        )
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_workers = num_workers
         self.train_transform = train_transform
@@ -197,8 +200,15 @@ class ImageDataModule(L.LightningDataModule):
                 f"data.batch_size={self.batch_size} on {world_size} process(es) needs {per_step} images for one step, but "
                 f"the training set has {num_images}. Use a smaller data.batch_size."
             )
+        whole = self.global_batch_size
+        if whole is not None and num_images < whole:
+            raise ConfigError(
+                f"global_batch_size={whole}, but the training set has {num_images} images. Use a smaller global_batch_size."
+            )
         dataset = self._dataset(self.train_source, self.train_transform or self.eval_transform)
-        self._train_loader = self._loader(dataset, self.batch_size, shuffle=True, repeats=self.repeats)
+        # What is left at the end of an epoch would be a smaller step of its own, for some numbers of devices.
+        dealt = None if whole is None else num_images // whole * whole
+        self._train_loader = self._loader(dataset, self.batch_size, shuffle=True, repeats=self.repeats, dealt=dealt)
         if self._resume_from is not None:
             self._train_loader.load_state_dict(self._resume_from)
             self._resume_from = None
@@ -294,7 +304,14 @@ class ImageDataModule(L.LightningDataModule):
     def _dataset(self, source: ImageSource, transform: Transform) -> TransformedDataset:
         return TransformedDataset(source, transform, self.seed, self.max_bad_fraction, self.known_bad)
 
-    def _loader(self, dataset: TransformedDataset, batch_size: int, shuffle: bool, repeats: int = 1) -> ResumableLoader:
+    def _loader(
+        self,
+        dataset: TransformedDataset,
+        batch_size: int,
+        shuffle: bool,
+        repeats: int = 1,
+        dealt: int | None = None,
+    ) -> ResumableLoader:
         world_size, rank = self._processes()
         return ResumableLoader(
             dataset,
@@ -307,6 +324,7 @@ class ImageDataModule(L.LightningDataModule):
                 self.seed,
                 drop_last=shuffle,
                 repeats=repeats,
+                dealt=dealt,
                 shuffled=getattr(dataset.source, "shuffled", None),
             ),
             collate_fn=collate,

@@ -242,6 +242,7 @@ class EpochSampler(DistributedSampler[Key]):
     Args:
         repeats: How often an image is dealt in a row (repeated augmentation). An epoch keeps its length: it takes the first
             1/repeats of the shuffled images. Copies are neighbours, so that they go to different processes.
+        dealt: How many images an epoch deals to all processes together, a multiple of their number; all if None.
         shuffled: The order of all images as a function of a generator; any order is equally likely if None.
     """
 
@@ -254,9 +255,12 @@ class EpochSampler(DistributedSampler[Key]):
         seed: int,
         drop_last: bool,
         repeats: int = 1,
+        dealt: int | None = None,
         shuffled: Callable[[torch.Generator], list[int]] | None = None,
     ) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed, drop_last=drop_last)
+        if dealt is not None:
+            self.num_samples, self.total_size = dealt // num_replicas, dealt
         self.repeats = repeats
         self.shuffled = shuffled
         self.skip_samples = 0
@@ -331,8 +335,28 @@ class ResumableLoader(DataLoader[Any]):
             )
         return batch.content
 
+    @property
+    def images_per_batch(self) -> int:
+        """Images of one batch of all processes."""
+        replicas = self.sampler.num_replicas if isinstance(self.sampler, EpochSampler) else 1
+        return (self.batch_size or 1) * replicas
+
     def state_dict(self) -> dict[str, int]:
-        return {"batches_done": self._batches_done}
+        return {"batches_done": self._batches_done, "images_per_batch": self.images_per_batch}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self._batches_to_skip = state_dict["batches_done"] % max(len(self), 1)
+        """Go on behind the images that were dealt, also if there were other processes or batches.
+
+        Raises:
+            ConfigError: If that is in the middle of a batch.
+        """
+        images = state_dict["batches_done"] * state_dict.get("images_per_batch", self.images_per_batch)
+        batches, rest = divmod(images, self.images_per_batch)
+        if rest:
+            raise ConfigError(
+                f"ckpt_path: the checkpoint was written {images} images into an epoch, but batches are of "
+                f"{self.images_per_batch} images now (data.batch_size={self.batch_size} x processes). Resume with a "
+                f"data.batch_size or a number of devices whose product divides {images}, or from a checkpoint at the end of an "
+                "epoch."
+            )
+        self._batches_to_skip = batches % max(len(self), 1)

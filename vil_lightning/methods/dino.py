@@ -231,6 +231,11 @@ class DINO(L.LightningModule):
         assert self.num_prototypes != "auto"
         check_score_memory(self, self.num_prototypes, 2 + transform.num_local_views)
 
+    @property
+    def micro_batch_statistics(self) -> str:
+        """What is computed over the images of a micro batch, and so changes when batches are accumulated."""
+        return "the centre moves"
+
     def run_info(self) -> dict[str, str]:
         """What the run's first lines say about the method."""
         return {"method": f"DINO, {self.num_prototypes} prototypes", **self.distillation.run_info()}

@@ -18,9 +18,11 @@ class FiniteCheck:
         self.remedies = remedies
         self._value: Tensor | None = None
 
-    def watch_loss(self, module: L.LightningModule, loss: Tensor) -> None:
+    def watch_loss(self, module: L.LightningModule, loss: Tensor) -> Tensor:
+        """Returns the mean over all processes, for the log."""
         # Of all ranks: their gradients are averaged, so one broken loss breaks every rank, and all have to stop together.
         self._value = module.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
+        return self._value
 
     def watch_grad_norm(self, module: L.LightningModule, grad_norm: Tensor) -> None:
         scaler = getattr(module.trainer.precision_plugin, "scaler", None)

@@ -68,7 +68,9 @@ class IBOT(L.LightningModule):
         image_weight: Weight of the image-level loss.
         patch_weight: Weight of the patch-level loss.
         koleo_weight: Weight of KoLeo (Sablayrolles et al. 2019, arXiv:1806.03198), which spreads the pooled vectors of a
-            batch; looks at one device's batch. 0 in iBOT.
+            batch. 0 in iBOT.
+        koleo_group: It compares groups of this many images of a device's batch; the whole of it if None. With a number, which
+            has to divide `data.batch_size`, the loss does not depend on how many devices share a batch.
         targets: How the teacher's scores are kept from collapsing: `centering` subtracts their running mean, `sinkhorn`
             balances every batch over the prototypes (three Sinkhorn-Knopp iterations).
         student_temp: Softmax temperature of the student.
@@ -114,6 +116,7 @@ class IBOT(L.LightningModule):
         image_weight: float = 1.0,
         patch_weight: float = 1.0,
         koleo_weight: float = 0.0,
+        koleo_group: int | None = None,
         targets: Literal["centering", "sinkhorn"] = "centering",
         student_temp: float = 0.1,
         teacher_temp: float | Auto = "auto",
@@ -144,6 +147,8 @@ class IBOT(L.LightningModule):
         for key, value in weights.items():
             if value < 0:
                 raise ConfigError(f"model.{key}={value} must not be negative.")
+        if koleo_group is not None and koleo_group < 2:
+            raise ConfigError(f"model.koleo_group={koleo_group} must be at least 2 images, or null.")
         self.backbone_config = resolve_backbone(backbone)
         self.distillation = SelfDistillation(
             self.backbone_config,
@@ -174,6 +179,7 @@ class IBOT(L.LightningModule):
         self.image_weight = image_weight
         self.patch_weight = patch_weight
         self.koleo_weight = koleo_weight
+        self.koleo_group = koleo_group
         self.balance = targets
         self.student_temp = student_temp
         self.center_momentum = center_momentum
@@ -282,7 +288,7 @@ class IBOT(L.LightningModule):
             loss = self.image_weight * image_loss + self.patch_weight * hidden_loss
             if self.koleo_weight:
                 # Of each large view on its own: two views of one image should be close.
-                koleo = sum(self.koleo(view) for view in features[: len(large)].chunk(2))
+                koleo = sum(self._koleo_loss(view) for view in features[: len(large)].chunk(2))
                 loss = loss + self.koleo_weight * koleo
                 self.log("train/loss_koleo", koleo)
         self.log_dict({"train/loss_image": image_loss, "train/loss_patch": hidden_loss})
@@ -291,6 +297,12 @@ class IBOT(L.LightningModule):
             self.log_dict(health)
             self._collapse.warn(self.trainer.global_step, health, image_targets.shape[-1])
         return self.distillation.watch(self, loss)
+
+    def _koleo_loss(self, vectors: Tensor) -> Tensor:
+        """KoLeo of one view (B, D): the mean over its groups."""
+        num_groups = len(vectors) // (self.koleo_group or len(vectors))
+        # Images are dealt to the processes in turn. So are they to the groups: whoever has them, the same ones are together.
+        return torch.stack([self.koleo(vectors[group::num_groups]) for group in range(num_groups)]).mean()
 
     def _targets(self, images: Tensor, patches: Tensor, mean_patch: Tensor) -> tuple[Tensor, Tensor]:
         """The teacher's probabilities from its scores; moves the centres."""
@@ -351,6 +363,12 @@ class IBOT(L.LightningModule):
                 f"model.koleo_weight={self.koleo_weight} spreads the images of a batch, but data.batch_size is "
                 f"{data.batch_size}. Use at least 2, or set model.koleo_weight=0."  # type: ignore[union-attr]
             )
+        if self.koleo_weight and self.koleo_group is not None and data.batch_size % self.koleo_group:  # type: ignore[union-attr]
+            raise ConfigError(
+                f"model.koleo_group={self.koleo_group} does not divide the {data.batch_size} images of a device "  # type: ignore[union-attr]
+                "(data.batch_size, or less where global_batch_size gives a device less). Use a group that does, or null for "
+                "all images of a device."
+            )
         backbone = self.student["backbone"]
         check_input_size(backbone, transform.global_size, "data.train_transform.global_size")
         if transform.num_local_views:
@@ -359,6 +377,14 @@ class IBOT(L.LightningModule):
         num_patches = self.draw_mask(torch.zeros(1, 3, transform.global_size, transform.global_size)).shape[1]
         most = round(self.mask_prob * self.mask_ratio[1] * num_patches)
         check_score_memory(self, self.num_prototypes, 2 + transform.num_local_views, most)
+
+    @property
+    def micro_batch_statistics(self) -> str:
+        """What is computed over the images of a micro batch, and so changes when batches are accumulated."""
+        names = ["the centres move" if self.balance == "centering" else "Sinkhorn balances"]
+        if self.koleo_weight:
+            names.append("KoLeo compares")
+        return ", ".join(names)
 
     def run_info(self) -> dict[str, str]:
         """What the run's first lines say about the method."""

@@ -150,6 +150,11 @@ class LeJEPA(L.LightningModule):
         check_input_size(self.backbone, transform.global_size, "data.train_transform.global_size")
         check_input_size(self.backbone, transform.local_size, "data.train_transform.local_size")
 
+    @property
+    def micro_batch_statistics(self) -> str:
+        """What is computed over the images of a micro batch, and so changes when batches are accumulated."""
+        return "SIGReg looks"
+
     def run_info(self) -> dict[str, str]:
         """What the run's first lines say about the method."""
         return {

@@ -19,7 +19,7 @@ from vil_lightning.methods.backbone import (
 )
 from vil_lightning.methods.divergence import FiniteCheck
 from vil_lightning.methods.optimisers import adamw, set_lr
-from vil_lightning.methods.resuming import check_settings, record_settings
+from vil_lightning.methods.resuming import check_batch, check_settings, record_batch, record_settings
 from vil_lightning.methods.run_length import global_batch_size, resolve_durations
 from vil_lightning.optim import clip_grad_per_tensor, scale_lr
 from vil_lightning.schedules import Duration, linear_cosine
@@ -74,8 +74,7 @@ class Optimisation:
 
     def watch(self, module: L.LightningModule, loss: Tensor) -> Tensor:
         """Last in `training_step`. Returns the loss."""
-        self.finite.watch_loss(module, loss)
-        module.log("train/loss", loss, prog_bar=True)
+        module.log("train/loss", self.finite.watch_loss(module, loss), prog_bar=True)
         return loss
 
     def measure_gradients(self, module: nn.Module) -> None:
@@ -122,8 +121,10 @@ class Optimisation:
         self.start(module)  # never overwrite a good checkpoint with a broken one
         checkpoint[CHECKPOINT_KEY] = recorded_backbone(self.backbone_config)
         record_settings(checkpoint, betas=self.betas, weight_decay=self.weight_decay)
+        record_batch(module._trainer, checkpoint)
 
     def load(self, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """In `on_load_checkpoint`."""
         check_resumed_backbone(checkpoint, self.backbone_config)
         check_settings(module._trainer, checkpoint, betas=self.betas, weight_decay=self.weight_decay)
+        check_batch(module._trainer, checkpoint)

@@ -272,8 +272,10 @@ class Segmentation(L.LightningModule):
         self.optimisation.start(self)
         images, masks = batch
         outputs = self.predict_pixels(images)  # float32
+        # Of all processes, whose gradients are averaged: one with few labelled pixels must not give each of them more weight.
+        labelled = self.trainer.strategy.reduce((masks != IGNORED).sum().float(), reduce_op="mean")
         with torch.autocast(self.device.type, enabled=False):
-            loss, *auxiliary = (pixel_loss(logits, masks) for logits in outputs)
+            loss, *auxiliary = (pixel_loss(logits, masks, labelled) for logits in outputs)
             for other in auxiliary:
                 loss = loss + self.aux_weight * other
                 self.log("train/aux_loss", other)
@@ -436,11 +438,15 @@ class _Optimisation(Optimisation):
         return self.final_lr + (self.peak_lr - self.final_lr) * left**self.poly_power
 
 
-def pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
-    """Cross entropy of logits (B, C, H, W), averaged over the pixels that are not ignored; 0 if all are."""
+def pixel_loss(logits: Tensor, masks: Tensor, num_pixels: Tensor | None = None) -> Tensor:
+    """Cross entropy of logits (B, C, H, W), summed over the pixels that are not ignored and divided by their number, or by
+    `num_pixels`; 0 if all are ignored.
+    """
     masks = masks.long()
     total = F.cross_entropy(logits.float(), masks, ignore_index=IGNORED, reduction="sum")
-    return total / (masks != IGNORED).sum().clamp(min=1)
+    if num_pixels is None:
+        num_pixels = (masks != IGNORED).sum().clamp(min=1)
+    return total / torch.where(num_pixels > 0, num_pixels, 1)
 
 
 def freeze_unused(backbone: nn.Module, features: Any, size: int) -> None:

@@ -22,6 +22,7 @@ from vil_lightning.methods.backbone import (
 )
 from vil_lightning.methods.divergence import FiniteCheck
 from vil_lightning.methods.optimisers import adamw, set_lr
+from vil_lightning.methods.resuming import check_batch, record_batch
 from vil_lightning.methods.run_length import global_batch_size, resolve_durations
 from vil_lightning.methods.small_data import choose_teacher_momentum, choose_teacher_temp
 from vil_lightning.optim import clip_grad_per_tensor, layer_lr_scales, scale_lr
@@ -120,8 +121,7 @@ class SelfDistillation:
 
     def watch(self, module: L.LightningModule, loss: Tensor) -> Tensor:
         """Last in `training_step`. Returns the loss."""
-        self.finite.watch_loss(module, loss)
-        module.log("train/loss", loss, prog_bar=True)
+        module.log("train/loss", self.finite.watch_loss(module, loss), prog_bar=True)
         return loss
 
     def freeze_prototypes(self, module: L.LightningModule, heads: Iterable[nn.Module]) -> None:
@@ -224,10 +224,12 @@ class SelfDistillation:
         """In `on_save_checkpoint`."""
         self.start(module)  # never overwrite a good checkpoint with a broken one
         checkpoint[CHECKPOINT_KEY] = recorded_backbone(self.backbone_config)
+        record_batch(module._trainer, checkpoint)
 
     def load(self, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """In `on_load_checkpoint`. Refuses a checkpoint of another backbone or other heads."""
         check_resumed_backbone(checkpoint, self.backbone_config)
+        check_batch(module._trainer, checkpoint)
         shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
         for name, value in checkpoint["state_dict"].items():
             if name in shapes and tuple(value.shape) != shapes[name]:

@@ -41,7 +41,7 @@ from vil_lightning.methods.backbone import (
 from vil_lightning.methods.divergence import FiniteCheck
 from vil_lightning.methods.optimisers import adamw, set_lr
 from vil_lightning.methods.randomness import seed_step
-from vil_lightning.methods.resuming import SETTINGS_KEY, check_settings, record_settings
+from vil_lightning.methods.resuming import SETTINGS_KEY, check_batch, check_settings, record_batch, record_settings
 from vil_lightning.methods.run_length import global_batch_size, resolve_durations
 from vil_lightning.optim import clip_grad_per_tensor, layer_lr_scales, scale_lr, weight_decay_groups
 from vil_lightning.schedules import Duration, linear_cosine
@@ -285,11 +285,16 @@ class Supervised(L.LightningModule):
             raise ConfigError(
                 "Supervised trains on one view of an image: set data.train_transform to a TrainTransform instead of MultiCrop."
             )
-        if stage == "fit" and (self.mixup_alpha or self.cutmix_alpha) and self.mix_prob and data.batch_size % 2:
+        if stage == "fit" and self.needs_even_batches and data.batch_size % 2:
             raise ConfigError(
                 f"data.batch_size={data.batch_size} must be even: MixUp and CutMix pair the images of a batch. "
                 "(model.mix_prob=0 turns them off.)"
             )
+
+    @property
+    def needs_even_batches(self) -> bool:
+        """Whether MixUp or CutMix pair the images of a batch."""
+        return bool((self.mixup_alpha or self.cutmix_alpha) and self.mix_prob)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C); of the moving average, if there is one."""
@@ -318,8 +323,7 @@ class Supervised(L.LightningModule):
         logits = self.backbone(images)
         with torch.autocast(self.device.type, enabled=False):
             loss = self.loss(logits.float(), targets)
-        self._finite.watch_loss(self, loss)
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", self._finite.watch_loss(self, loss), prog_bar=True)
         with torch.no_grad():  # a mixed image counts as the class that most of it is
             accuracy = 100 * (logits.argmax(1) == targets.argmax(1)).float().mean()
         self.log("train/acc1", accuracy)
@@ -460,6 +464,11 @@ class Supervised(L.LightningModule):
 
     # --- reports and checkpoints --------------------------------------------------------------------------------------
 
+    @property
+    def micro_batch_statistics(self) -> str:
+        """What is computed over the images of a micro batch, and so changes when batches are accumulated."""
+        return "MixUp and CutMix draw" if self.needs_even_batches else ""
+
     def run_info(self) -> dict[str, str]:
         """What the run's first lines say about the method."""
         steps = self.schedule_steps
@@ -500,6 +509,7 @@ class Supervised(L.LightningModule):
         checkpoint[CHECKPOINT_KEY] = recorded_backbone(self.backbone_config)
         checkpoint[CLASSES_KEY] = self.classes
         record_settings(checkpoint, **self._settings())
+        record_batch(self._trainer, checkpoint)
 
     def _settings(self) -> dict[str, Any]:
         """What must not change when a run is resumed."""
@@ -515,6 +525,7 @@ class Supervised(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_resumed_backbone(checkpoint, self.backbone_config)
         check_settings(self._trainer, checkpoint, **self._settings())
+        check_batch(self._trainer, checkpoint)
         self.predict_per_class = checkpoint.get(SETTINGS_KEY, {}).get("loss", self.loss_name) == _BINARY
         self.classes = list(checkpoint.get(CLASSES_KEY, []))
         has_ema = any(name.startswith("ema.") for name in checkpoint["state_dict"])
