@@ -145,11 +145,19 @@ class Steps(L.Callback):
         self.rates.append({id(p): group["lr"] for group in groups for p in group["params"]})
 
 
-# --- two processes ----------------------------------------------------------------------------------------------------
+# --- several processes ------------------------------------------------------------------------------------------------
 
 
 def run_in_two_processes(test_file: str, function: str, folder: Path, timeout: float = 120) -> list[tuple[int, str]]:
-    """Call `function(2, folder)` of a test file in two processes, started as a cluster would, so that none is left behind.
+    """`run_in_processes` with two."""
+    return run_in_processes(2, test_file, function, folder, timeout)
+
+
+def run_in_processes(
+    count: int, test_file: str, function: str, folder: Path, timeout: float = 120, *arguments: Any
+) -> list[tuple[int, str]]:
+    """Call `function(count, folder, *arguments)` of a test file in `count` processes, started as a cluster would, so that none
+    is left behind.
 
     Returns:
         Exit code and error output of each.
@@ -159,13 +167,14 @@ def run_in_two_processes(test_file: str, function: str, folder: Path, timeout: f
         port = free.getsockname()[1]
     script = f"import sys; from pathlib import Path; sys.path.insert(0, {str(Path(test_file).parent)!r})\n"
     script += f"from {Path(test_file).stem} import {function}\n"
-    script += f"if __name__ == '__main__': {function}(2, Path({str(folder)!r}))\n"
+    call = f"{function}({count}, Path({str(folder)!r}), *{arguments!r})"
+    script += f"if __name__ == '__main__': {call}\n"
     (folder / "main.py").write_text(script)
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PL_"))},
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
+        "WORLD_SIZE": str(count),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
@@ -177,7 +186,7 @@ def run_in_two_processes(test_file: str, function: str, folder: Path, timeout: f
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(count)
     ]
     try:
         errors = [process.communicate(timeout=timeout)[1] for process in processes]

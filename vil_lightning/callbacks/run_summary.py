@@ -62,7 +62,11 @@ class RunSummary(L.Callback):
             acting = statistics_of(pl_module)
             if acting and trainer.accumulate_grad_batches > 1:
                 lines["batch"] += f"; not as in one batch of {batch}: {acting} once per accumulated batch"
-        alone = [name for name, norm in batch_norms(pl_module) if not isinstance(norm, nn.SyncBatchNorm)]
+        alone = [
+            name
+            for name, norm in batch_norms(pl_module)
+            if not isinstance(norm, nn.SyncBatchNorm) and not getattr(norm, "synchronised", False)
+        ]
         if alone and trainer.world_size > 1:
             rank_zero_warn(
                 f"{len(alone)} batch norms ({alone[0]}, ...) see the images of their own device only, so the run depends on "

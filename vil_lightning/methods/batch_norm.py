@@ -26,7 +26,7 @@ class BatchNormSync(LayerSync):
 
     def apply(self, model: nn.Module) -> nn.Module:
         for name, module in list(model.named_modules()):
-            if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+            if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm | GlobalBatchNorm):
                 self._replaced[name] = module
                 model.set_submodule(name, GlobalBatchNorm(module) if self.on_cpu else convert_sync_batchnorm(module))
         return model
@@ -42,12 +42,14 @@ class BatchNormSync(LayerSync):
         return model
 
 
-class GlobalBatchNorm(nn.SyncBatchNorm):
+class GlobalBatchNorm(_BatchNorm):
     """A batch norm with mean and variance of all processes' values, in plain torch; tensors and names are the original's.
 
     Args:
         norm: The original.
     """
+
+    synchronised = True  # for reports; DDP allows no subclass of SyncBatchNorm on CPUs
 
     def __init__(self, norm: _BatchNorm) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
