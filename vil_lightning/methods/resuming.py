@@ -65,16 +65,18 @@ def check_batch(trainer: L.Trainer | None, checkpoint: dict[str, Any]) -> None:
     progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
     if before == now or progress is None:
         return
-    if not progress["is_last_batch"] and progress["current"]["completed"] * before % now:
+    done = progress["current"]["processed"]
+    if not progress["is_last_batch"] and done * before % now:
         raise ConfigError(
-            f"ckpt_path: the checkpoint was written after {progress['current']['completed']} micro batches of {before} images, "
+            f"ckpt_path: the checkpoint was written after {done} micro batches of {before} images, "
             f"which are no whole number of micro batches of {now} (data.batch_size x number of devices). Resume with a "
             "data.batch_size and devices that divide them, or from a checkpoint at the end of an epoch."
         )
     for span in ("current", "total"):
-        counts = progress[span]
-        for name in counts:
-            counts[name] = counts[name] * before // now
+        # A checkpoint is written while its batch is processed but not completed: such a lag is of one batch, whatever its size.
+        counts, processed = progress[span], progress[span]["processed"]
+        for name, count in counts.items():
+            counts[name] = processed * before // now + count - processed
 
 
 def _plain(value: Any) -> Any:
