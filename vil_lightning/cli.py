@@ -4,18 +4,21 @@ A run is named after its recipe (or `--run_name`). Logs go to `logs/<run>/`, che
 `best.ckpt`. A run never replaces the checkpoints of another one unless told to with `--overwrite true`.
 """
 
+import contextlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -23,9 +26,10 @@ import vil_lightning.data
 import vil_lightning.methods  # noqa: F401 - makes the short class names known
 from vil_lightning.backbones.weights import WeightsError, read_file
 from vil_lightning.callbacks import LastCheckpoint, PredictionWriter, RunProgressBar, RunSummary, Throughput
-from vil_lightning.checkpoint_io import AtomicCheckpointIO
+from vil_lightning.checkpoint_io import LAST, AtomicCheckpointIO, KeepPolicy, newest_good, remove_partial
 from vil_lightning.errors import ConfigError
 from vil_lightning.evaluation.command import main as evaluation_command
+from vil_lightning.reliability import FaultPolicy, Preemption, StepGuard
 from vil_lightning.speed.command import main as speed_command
 
 LOG_ROOT = Path("logs")
@@ -35,13 +39,16 @@ CHECKPOINT_ROOT = Path("checkpoints")
 class SaveRunConfig(SaveConfigCallback):
     """Saves a run's settings so that they can be run again under another name.
 
-    Without the folders that were made from its name, and without the permission to delete an earlier run.
+    Without the folders that were made from its name, without the permission to delete an earlier run, and without the
+    checkpoint that this start found.
     """
 
     def __init__(self, parser: Any, config: Namespace, *args: Any, **kwargs: Any) -> None:
         config = config.clone()
         if config.get("overwrite") is not None:
             config.overwrite = False
+        if config.get("resume") == "auto":
+            config.ckpt_path = None
         if config.checkpoint.dirpath is not None and Path(config.checkpoint.dirpath).parent == CHECKPOINT_ROOT:
             config.run_name = Path(config.checkpoint.dirpath).name
             config.checkpoint.dirpath = None
@@ -52,7 +59,7 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 class VilCLI(LightningCLI):
-    """Adds `run_name`, `overwrite`, `checkpoint` and `predictions` to Lightning's arguments."""
+    """Adds `run_name`, `overwrite`, `resume`, `checkpoint`, `keep`, `faults` and `predictions` to Lightning's arguments."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -64,7 +71,16 @@ class VilCLI(LightningCLI):
         parser.add_argument(
             "--overwrite", type=bool, default=False, help="Delete logs and checkpoints of an earlier run of this name."
         )
+        parser.add_argument(
+            "--resume",
+            type=Literal["never", "auto"],
+            default="never",
+            help="auto: continue the run of this name from its newest undamaged checkpoint, or start it if there is none. The "
+            "same command then starts a run and restarts it after any fault.",
+        )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_class_arguments(KeepPolicy, "keep")
+        parser.add_class_arguments(FaultPolicy, "faults")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.set_defaults(
             {
@@ -77,7 +93,10 @@ class VilCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         # Lightning reads the checkpoint here, and would fail on a damaged one with a traceback.
-        path = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
+        config = self.config[self.config.subcommand] if self.config.get("subcommand") else self.config
+        if config.get("resume") == "auto" and self.config.get("subcommand") == "fit":
+            config.ckpt_path = checkpoint_to_resume(config)
+        path = config.get("ckpt_path") if self.config.get("subcommand") else None
         if path:
             check_resumable(path, training=self.config.subcommand == "fit")
         super()._parse_ckpt_path()
@@ -113,8 +132,11 @@ class VilCLI(LightningCLI):
     def before_fit(self) -> None:
         strategy = self.trainer.strategy
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
-            strategy.checkpoint_io = AtomicCheckpointIO()
-        self._replace_save_last()
+            keep = KeepPolicy(**self.config["fit"].keep.as_dict())
+            writer = AtomicCheckpointIO(keep)
+            strategy.checkpoint_io = AsyncCheckpointIO(writer) if keep.asynchronous else writer
+        last = self._replace_save_last()
+        self._add_reliability(last)
         if self.to_delete:
             self.trainer.callbacks.append(_DeleteAtStart(self.to_delete))  # type: ignore[attr-defined]
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
@@ -134,7 +156,22 @@ class VilCLI(LightningCLI):
         if hasattr(self.model, "check_trained"):
             self.model.check_trained(self.config[self.subcommand].get("ckpt_path"))
 
-    def _replace_save_last(self) -> None:
+    def _add_reliability(self, last: LastCheckpoint | None) -> None:
+        """Guard the steps, and stop in order when told to. The latter comes last, so that all others have seen the step."""
+        folder = Path(self.config["fit"].checkpoint.dirpath)
+        guard = StepGuard(
+            FaultPolicy(**self.config["fit"].faults.as_dict()), folder / LAST if last is not None else None
+        )
+        self.trainer.callbacks.insert(0, guard)  # type: ignore[attr-defined]
+        self.trainer.callbacks.append(Preemption(last))  # type: ignore[attr-defined]
+        if not self.trainer.fast_dev_run and self.trainer.is_global_zero:  # type: ignore[attr-defined]
+            if last is not None:
+                check_writable(folder, "checkpoint.dirpath")
+            if self.trainer.logger is not None:
+                check_writable(LOG_ROOT, "trainer.logger")
+            remove_partial(folder)
+
+    def _replace_save_last(self) -> LastCheckpoint | None:
         """Hand the writing of `last.ckpt` over from the callback under the key `checkpoint` to `LastCheckpoint`."""
         own = self.config_init["fit"]["checkpoint"]
         save_last, own.save_last = own.save_last, None
@@ -146,6 +183,8 @@ class VilCLI(LightningCLI):
             last = LastCheckpoint(settings.dirpath, **{name: settings[name] for name in names})
             # Behind the others, so that it records the best value that they have seen.
             self.trainer.callbacks.append(last)  # type: ignore[attr-defined]
+            return last
+        return None
 
 
 def run_name_of(config: Namespace) -> str:
@@ -169,17 +208,51 @@ def claim_run(checkpoint_dir: Path, log_dir: Path, ckpt_path: str | None, overwr
     Raises:
         ConfigError: If there are checkpoints, and the run neither continues from one of them nor may overwrite them.
     """
-    existing = sorted(checkpoint_dir.glob("*.ckpt"))
+    existing = sorted(checkpoint_dir.glob("*.ckpt"), key=lambda path: (path.name == LAST, path.name))
     if ckpt_path and Path(ckpt_path).resolve().parent == checkpoint_dir.resolve():
         return []
     if existing and not overwrite:
         raise ConfigError(
             f"{checkpoint_dir} already holds {', '.join(path.name for path in existing)}. Choose one of:\n"
-            f"  --ckpt_path {existing[-1]}   continue that run\n"
+            f"  --resume auto   continue that run (or --ckpt_path {existing[-1]})\n"
             f"  --run_name NAME   keep it, and start a new one next to it\n"
             f"  --overwrite true   delete it (checkpoints and logs) and start again"
         )
     return [*existing, *log_dir.rglob("events.out.tfevents.*"), *log_dir.glob("results.json")] if overwrite else []
+
+
+def checkpoint_to_resume(config: Namespace) -> str | None:
+    """What `--resume auto` continues from; None to start.
+
+    Raises:
+        ConfigError: If the other settings contradict it, or all checkpoints of the run are damaged.
+    """
+    if config.get("ckpt_path"):
+        raise ConfigError(
+            f"resume=auto finds the checkpoint itself, ckpt_path={config.ckpt_path} names one. Drop one of them."
+        )
+    if config.overwrite:
+        raise ConfigError("resume=auto continues a run, overwrite=true deletes it. Drop one of them.")
+    if config.trainer.fast_dev_run:
+        return None
+    folder = Path(config.checkpoint.dirpath or CHECKPOINT_ROOT / run_name_of(config))
+    found = newest_good(folder)
+    return None if found is None else str(found)
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Raises ConfigError if no file can be made in a folder: better now than when the first checkpoint is due."""
+    probe = folder / f".writable.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"0")
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be written to ({error.strerror or error}). Set {key} to another folder."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
 
 
 class _DeleteAtStart(L.Callback):

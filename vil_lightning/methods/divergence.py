@@ -8,7 +8,9 @@ from torch import Tensor
 class FiniteCheck:
     """Watches loss and gradient norm of the latest step, and raises in words once one of them is not finite.
 
-    Values are read a step late: by then they are computed, and reading them does not stall the device.
+    Values are read a step late: by then they are computed, and reading them does not stall the device. Where a callback looks
+    at every step before it is taken, and skips bad ones (it has a true `skips`; the command line adds one), nothing is left
+    to do here.
 
     Args:
         remedies: End of the message: what to change.
@@ -19,6 +21,8 @@ class FiniteCheck:
         self._value: Tensor | None = None
 
     def watch_loss(self, module: L.LightningModule, loss: Tensor) -> None:
+        if _guarded(module):
+            return
         # Of all ranks: their gradients are averaged, so one broken loss breaks every rank, and all have to stop together.
         self._value = module.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
 
@@ -41,3 +45,8 @@ class FiniteCheck:
                 f"(lr={lr:.3g}, precision={module.trainer.precision}). The run has diverged. Resume from the last "
                 f"checkpoint with {self.remedies}"
             )
+
+
+def _guarded(module: L.LightningModule) -> bool:
+    """Whether a callback decides about bad steps before they are taken."""
+    return any(getattr(callback, "skips", False) for callback in module.trainer.callbacks)  # type: ignore[attr-defined]
