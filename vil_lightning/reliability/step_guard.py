@@ -80,7 +80,8 @@ class StepGuard(L.Callback):
         self.skipped_in_row = 0
         self.skipped = 0
         self.roll_backs = 0
-        self._loss: Tensor | None = None  # of the batches of this step, over all processes
+        self._loss: tuple[int, Tensor] | None = None  # of the latest batch, over all processes, with its step
+        self._step = 0
         self._finite: Tensor | None = None
         self._batches: list[tuple[int, Any]] = []  # of this step: batch_idx, batch
         self._buffers: dict[str, Tensor] = {}
@@ -105,6 +106,7 @@ class StepGuard(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        self._step = trainer.global_step
         if not self.skips:
             return
         if not self._batches:  # the first of a step
@@ -222,11 +224,11 @@ class StepGuard(L.Callback):
         loss = outputs["loss"].detach() if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
             loss = loss * trainer.accumulate_grad_batches  # Lightning has divided it
-            self._loss = torch.as_tensor(trainer.strategy.reduce(loss.clone(), reduce_op="mean"))
+            self._loss = self._step, torch.as_tensor(trainer.strategy.reduce(loss.clone(), reduce_op="mean"))
         if before is not None:  # a batch late: by then it is computed, and the device is not waited for
-            self._look_for_spike(trainer, pl_module, float(before))
+            self._look_for_spike(trainer, pl_module, before[0], float(before[1]))
 
-    def _look_for_spike(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: float) -> None:
+    def _look_for_spike(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int, loss: float) -> None:
         if not math.isfinite(loss):
             return
         window = sorted(self._window)
@@ -242,7 +244,7 @@ class StepGuard(L.Callback):
         if loss <= median + self.policy.spike_factor * deviation:
             return
         said = (
-            f"Loss spike: {loss:.4g} at step {trainer.global_step - 1}, {(loss - median) / deviation:.0f} deviations above the "
+            f"Loss spike: {loss:.4g} at step {step}, {(loss - median) / deviation:.0f} deviations above the "
             f"median {median:.4g} of the last {len(window)} batches"
         )
         if not self.policy.roll_back:
