@@ -4,10 +4,10 @@ A run is named after its recipe (or `--run_name`). Logs go to `logs/<run>/`, che
 `best.ckpt`. A run never replaces the checkpoints of another one unless told to with `--overwrite true`.
 """
 
-import contextlib
 import logging
-import os
+import signal
 import sys
+import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 import vil_lightning.data
 import vil_lightning.methods  # noqa: F401 - makes the short class names known
@@ -163,7 +163,9 @@ class VilCLI(LightningCLI):
             FaultPolicy(**self.config["fit"].faults.as_dict()), folder / LAST if last is not None else None
         )
         self.trainer.callbacks.insert(0, guard)  # type: ignore[attr-defined]
-        self.trainer.callbacks.append(Preemption(last))  # type: ignore[attr-defined]
+        stop = Preemption(last)
+        stop.listen()
+        self.trainer.callbacks.append(stop)  # type: ignore[attr-defined]
         if not self.trainer.fast_dev_run and self.trainer.is_global_zero:  # type: ignore[attr-defined]
             if last is not None:
                 check_writable(folder, "checkpoint.dirpath")
@@ -241,18 +243,19 @@ def checkpoint_to_resume(config: Namespace) -> str | None:
 
 
 def check_writable(folder: Path, key: str) -> None:
-    """Raises ConfigError if no file can be made in a folder: better now than when the first checkpoint is due."""
-    probe = folder / f".writable.{os.getpid()}"
+    """Better now than when the first checkpoint is due. Leaves nothing behind.
+
+    Raises:
+        ConfigError: If no file can be made in a folder, or in the one in which it will be made.
+    """
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"0")
+        with tempfile.TemporaryFile(dir=existing):
+            pass
     except OSError as error:
         raise ConfigError(
             f"{folder} cannot be written to ({error.strerror or error}). Set {key} to another folder."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink(missing_ok=True)
 
 
 class _DeleteAtStart(L.Callback):
@@ -349,6 +352,10 @@ def main(args: list[str] | None = None) -> None:
         return speed_command(words[1:])
     try:
         build_cli(args)
+    except (
+        SIGTERMException
+    ):  # Lightning's own answer to the signal, where no run was trained; it would look like a success
+        sys.exit(128 + signal.SIGTERM)
     except (ValueError, MisconfigurationException) as error:
         repairable = find_repairable(error)
         if repairable is None:

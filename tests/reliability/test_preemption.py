@@ -135,3 +135,23 @@ def test_requeue__calls_slurm(
     requeue()
     called = tmp_path / "called"
     assert (called.read_text() if called.exists() else None) == (f"requeue {job}\n" if job else None)
+
+
+class EarlySignal(L.Callback):
+    """Sends the signal before there is a step, when Lightning's own handlers are in place."""
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_preemption__a_signal_during_the_preparations_lets_one_step_pass(tmp_path: Path) -> None:
+    last = LastCheckpoint(tmp_path)
+    stop = Preemption(last)
+    before = signal.getsignal(signal.SIGTERM)
+    stop.listen()
+    fit = trainer(tmp_path, max_epochs=2, enable_checkpointing=True, callbacks=[EarlySignal()])
+    fit.callbacks += [last, stop]  # type: ignore[attr-defined]
+    with pytest.raises(Preempted):
+        fit.fit(supervised(), datamodule=pictures())
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 1
+    assert signal.getsignal(signal.SIGTERM) == before

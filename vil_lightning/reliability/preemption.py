@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from types import FrameType
 from typing import Any
 
@@ -34,6 +35,9 @@ class Preemption(L.Callback):
     the queue again; a job started with `--resume auto` then goes on. A signal that arrives during validation acts after the
     next step.
 
+    It acts from `listen` on, the command line calls it before it starts the trainer. A signal during the preparations lets the
+    first step pass.
+
     Args:
         last: Writes the state; None if the run keeps none (`checkpoint.save_last=false`).
     """
@@ -52,11 +56,21 @@ class Preemption(L.Callback):
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def listen(self) -> None:
+        """Take the signals from now on. (On any other than the main thread Python allows no handlers: nothing changes there.)"""
+        if threading.current_thread() is not threading.main_thread():
+            return
         for name in self.signals:
             if hasattr(signal, name):
                 number = getattr(signal, name)
-                self._previous[number] = signal.signal(number, self._receive)
+                previous = signal.signal(number, self._receive)
+                self._previous.setdefault(number, previous)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.listen()  # again: by now Lightning has put its own handlers in front
+        if trainer.received_sigterm:
+            self.received = self.received or signal.SIGTERM
+            trainer._signal_connector.received_sigterm = False
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._restore()
