@@ -159,7 +159,8 @@ class Drill:
             started = time.time()
             process = run.start()
             if remaining <= 0:
-                codes[code] = codes.get(code := process.wait(timeout=600), 0) + 1
+                code = process.wait(timeout=600)
+                codes[code] = codes.get(code, 0) + 1
                 break
             kind = self.random.choices(("starting", "training", "writing"), (0.15, 0.5, 0.35))[0]
             hit = self._wait_for(kind, run, process, started)

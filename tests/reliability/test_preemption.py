@@ -3,6 +3,7 @@
 import os
 import signal
 import stat
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -147,11 +148,21 @@ class EarlySignal(L.Callback):
 def test_preemption__a_signal_during_the_preparations_lets_one_step_pass(tmp_path: Path) -> None:
     last = LastCheckpoint(tmp_path)
     stop = Preemption(last)
-    before = signal.getsignal(signal.SIGTERM)
     stop.listen()
     fit = trainer(tmp_path, max_epochs=2, enable_checkpointing=True, callbacks=[EarlySignal()])
     fit.callbacks += [last, stop]  # type: ignore[attr-defined]
-    with pytest.raises(Preempted):
-        fit.fit(supervised(), datamodule=pictures())
+    try:
+        with pytest.raises(Preempted):
+            fit.fit(supervised(), datamodule=pictures())
+    finally:
+        left = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 1
-    assert signal.getsignal(signal.SIGTERM) == before
+    # Lightning has put the handler back that it found; it must not swallow what is meant to end the process now.
+    assert callable(left)
+    code = f"from vil_lightning.reliability import Preemption; Preemption(None)._receive({signal.SIGTERM:d}, None)"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], check=False, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        ).returncode
+        == -signal.SIGTERM
+    )

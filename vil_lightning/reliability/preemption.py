@@ -47,6 +47,7 @@ class Preemption(L.Callback):
     def __init__(self, last: LastCheckpoint | None) -> None:
         self.last = last
         self.received = 0
+        self._listening = False
         self._previous: dict[int, Any] = {}
         self._agreed: Tensor | None = None
         self._step = -1
@@ -54,10 +55,14 @@ class Preemption(L.Callback):
     # --- signals ------------------------------------------------------------------------------------------------------
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
+        if self._listening:
+            self.received = number
+        else:  # after the run; Lightning puts back the handlers that it found
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def listen(self) -> None:
-        """Take the signals from now on. (On any other than the main thread Python allows no handlers: nothing changes there.)"""
+        """Take the signals from now on. (Python allows handlers on its main thread only; elsewhere nothing changes.)"""
         if threading.current_thread() is not threading.main_thread():
             return
         for name in self.signals:
@@ -65,8 +70,9 @@ class Preemption(L.Callback):
                 number = getattr(signal, name)
                 previous = signal.signal(number, self._receive)
                 self._previous.setdefault(number, previous)
+        self._listening = True
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.listen()  # again: by now Lightning has put its own handlers in front
         if trainer.received_sigterm:
             self.received = self.received or signal.SIGTERM
@@ -82,6 +88,7 @@ class Preemption(L.Callback):
         for number, handler in self._previous.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._previous = {}
+        self._listening = False
 
     # --- the stop -----------------------------------------------------------------------------------------------------
 
