@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 sys.path.append(str(Path(__file__).parents[1] / "methods"))
-from tiny import digits, dino, pictures, state, supervised, trainer
+from tiny import digits, dino, pictures, run_in_two_processes, state, supervised, trainer
 
 from vil_lightning.callbacks import LastCheckpoint
 from vil_lightning.errors import ConfigError
@@ -178,6 +178,36 @@ def test_skip__under_a_gradient_scaler_the_loss_alone_counts(tmp_path: Path) -> 
     guard._finite = torch.tensor(True)
     guard.on_before_optimizer_step(run, model, torch.optim.SGD(model.parameters(), lr=1.0))
     assert guard.skipped == 0
+
+
+class SpoilRank(Spoil):
+    """Of process 1 only."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_rank == 1:
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+
+def spoiled_rank(world_size: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    model = dino()
+    run, guard = fit(model, digits(4), folder, SpoilRank(2), FaultPolicy(), devices=world_size, strategy="ddp")
+    torch.save((guard.skipped, run.global_step, state(model)), folder / f"rank{run.global_rank}.pt")
+
+
+@pytest.mark.timeout(150)
+def test_skip__all_processes_skip_together(tmp_path: Path) -> None:
+    results = run_in_two_processes(__file__, "spoiled_rank", tmp_path, timeout=100)
+    assert [code for code, _ in results] == [0, 0], "\n".join(error for _, error in results)
+    (skipped, step, first), (skipped_1, step_1, second) = (
+        torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)
+    )
+    assert (skipped, skipped_1, step, step_1) == (1, 1, 4, 4)
+    assert not changed(first, second)
+    assert all(value.isfinite().all() for value in first.values())
+    assert "rank 0: loss finite" in results[0][1]
+    assert "rank 1: loss not finite" in results[1][1]
+    assert [path.name for path in (tmp_path / "faults").iterdir()] == ["step=00000002-rank=1.pt"]
 
 
 # --- spikes -----------------------------------------------------------------------------------------------------------
