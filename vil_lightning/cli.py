@@ -5,29 +5,33 @@ A run is named after its recipe (or `--run_name`). Logs go to `logs/<run>/`, che
 """
 
 import logging
+import signal
 import sys
+import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 import vil_lightning.data
 import vil_lightning.methods  # noqa: F401 - makes the short class names known
 from vil_lightning.backbones.weights import WeightsError, read_file
 from vil_lightning.callbacks import LastCheckpoint, PredictionWriter, RunProgressBar, RunSummary, Throughput
-from vil_lightning.checkpoint_io import AtomicCheckpointIO
+from vil_lightning.checkpoint_io import LAST, AtomicCheckpointIO, KeepPolicy, newest_good, remove_partial
 from vil_lightning.errors import ConfigError
 from vil_lightning.evaluation.command import main as evaluation_command
 from vil_lightning.methods.batch_norm import BatchNormSync
 from vil_lightning.methods.run_length import divide_batch
+from vil_lightning.reliability import FaultPolicy, Preemption, StepGuard
 from vil_lightning.speed.command import main as speed_command
 
 LOG_ROOT = Path("logs")
@@ -37,13 +41,16 @@ CHECKPOINT_ROOT = Path("checkpoints")
 class SaveRunConfig(SaveConfigCallback):
     """Saves a run's settings so that they can be run again under another name.
 
-    Without the folders that were made from its name, and without the permission to delete an earlier run.
+    Without the folders that were made from its name, without the permission to delete an earlier run, and without the
+    checkpoint that this start found.
     """
 
     def __init__(self, parser: Any, config: Namespace, *args: Any, **kwargs: Any) -> None:
         config = config.clone()
         if config.get("overwrite") is not None:
             config.overwrite = False
+        if config.get("resume") == "auto":
+            config.ckpt_path = None
         if config.checkpoint.dirpath is not None and Path(config.checkpoint.dirpath).parent == CHECKPOINT_ROOT:
             config.run_name = Path(config.checkpoint.dirpath).name
             config.checkpoint.dirpath = None
@@ -54,7 +61,7 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 class VilCLI(LightningCLI):
-    """Adds `run_name`, `overwrite`, `global_batch_size`, `checkpoint` and `predictions` to Lightning's arguments."""
+    """Adds `run_name`, `overwrite`, `resume`, `global_batch_size`, `checkpoint`, `keep`, `faults` and `predictions` to the arguments."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -67,6 +74,13 @@ class VilCLI(LightningCLI):
             "--overwrite", type=bool, default=False, help="Delete logs and checkpoints of an earlier run of this name."
         )
         parser.add_argument(
+            "--resume",
+            type=Literal["never", "auto"],
+            default="never",
+            help="auto: continue the run of this name from its newest undamaged checkpoint, or start it if there is none. The "
+            "same command then starts a run and restarts it after any fault.",
+        )
+        parser.add_argument(
             "--global_batch_size",
             type=int | None,
             default=None,
@@ -74,6 +88,8 @@ class VilCLI(LightningCLI):
             "accumulation follows from both and the number of devices.",
         )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_class_arguments(KeepPolicy, "keep")
+        parser.add_class_arguments(FaultPolicy, "faults")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.set_defaults(
             {
@@ -86,7 +102,10 @@ class VilCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         # Lightning reads the checkpoint here, and would fail on a damaged one with a traceback.
-        path = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
+        config = self.config[self.config.subcommand] if self.config.get("subcommand") else self.config
+        if config.get("resume") == "auto" and self.config.get("subcommand") == "fit":
+            config.ckpt_path = checkpoint_to_resume(config)
+        path = config.get("ckpt_path") if self.config.get("subcommand") else None
         if path:
             check_resumable(path, training=self.config.subcommand == "fit")
         super()._parse_ckpt_path()
@@ -126,8 +145,11 @@ class VilCLI(LightningCLI):
         if getattr(strategy, "_layer_sync", None) is not None:  # trainer.sync_batchnorm
             strategy._layer_sync = BatchNormSync(on_cpu=strategy.root_device.type == "cpu")  # type: ignore[attr-defined]
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
-            strategy.checkpoint_io = AtomicCheckpointIO()
-        self._replace_save_last()
+            keep = KeepPolicy(**self.config["fit"].keep.as_dict())
+            writer = AtomicCheckpointIO(keep)
+            strategy.checkpoint_io = AsyncCheckpointIO(writer) if keep.asynchronous else writer
+        last = self._replace_save_last()
+        self._add_reliability(last)
         if self.to_delete:
             self.trainer.callbacks.append(_DeleteAtStart(self.to_delete))  # type: ignore[attr-defined]
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
@@ -147,7 +169,24 @@ class VilCLI(LightningCLI):
         if hasattr(self.model, "check_trained"):
             self.model.check_trained(self.config[self.subcommand].get("ckpt_path"))
 
-    def _replace_save_last(self) -> None:
+    def _add_reliability(self, last: LastCheckpoint | None) -> None:
+        """Guard the steps, and stop in order when told to. The latter comes last, so that all others have seen the step."""
+        folder = Path(self.config["fit"].checkpoint.dirpath)
+        guard = StepGuard(
+            FaultPolicy(**self.config["fit"].faults.as_dict()), folder / LAST if last is not None else None
+        )
+        self.trainer.callbacks.insert(0, guard)  # type: ignore[attr-defined]
+        stop = Preemption(last)
+        stop.listen()
+        self.trainer.callbacks.append(stop)  # type: ignore[attr-defined]
+        if not self.trainer.fast_dev_run and self.trainer.is_global_zero:  # type: ignore[attr-defined]
+            if last is not None:
+                check_writable(folder, "checkpoint.dirpath")
+            if self.trainer.logger is not None:
+                check_writable(LOG_ROOT, "trainer.logger")
+            remove_partial(folder)
+
+    def _replace_save_last(self) -> LastCheckpoint | None:
         """Hand the writing of `last.ckpt` over from the callback under the key `checkpoint` to `LastCheckpoint`."""
         own = self.config_init["fit"]["checkpoint"]
         save_last, own.save_last = own.save_last, None
@@ -159,6 +198,8 @@ class VilCLI(LightningCLI):
             last = LastCheckpoint(settings.dirpath, **{name: settings[name] for name in names})
             # Behind the others, so that it records the best value that they have seen.
             self.trainer.callbacks.append(last)  # type: ignore[attr-defined]
+            return last
+        return None
 
 
 def run_name_of(config: Namespace) -> str:
@@ -182,17 +223,52 @@ def claim_run(checkpoint_dir: Path, log_dir: Path, ckpt_path: str | None, overwr
     Raises:
         ConfigError: If there are checkpoints, and the run neither continues from one of them nor may overwrite them.
     """
-    existing = sorted(checkpoint_dir.glob("*.ckpt"))
+    existing = sorted(checkpoint_dir.glob("*.ckpt"), key=lambda path: (path.name == LAST, path.name))
     if ckpt_path and Path(ckpt_path).resolve().parent == checkpoint_dir.resolve():
         return []
     if existing and not overwrite:
         raise ConfigError(
             f"{checkpoint_dir} already holds {', '.join(path.name for path in existing)}. Choose one of:\n"
-            f"  --ckpt_path {existing[-1]}   continue that run\n"
+            f"  --resume auto   continue that run (or --ckpt_path {existing[-1]})\n"
             f"  --run_name NAME   keep it, and start a new one next to it\n"
             f"  --overwrite true   delete it (checkpoints and logs) and start again"
         )
     return [*existing, *log_dir.rglob("events.out.tfevents.*"), *log_dir.glob("results.json")] if overwrite else []
+
+
+def checkpoint_to_resume(config: Namespace) -> str | None:
+    """What `--resume auto` continues from; None to start.
+
+    Raises:
+        ConfigError: If the other settings contradict it, or all checkpoints of the run are damaged.
+    """
+    if config.get("ckpt_path"):
+        raise ConfigError(
+            f"resume=auto finds the checkpoint itself, ckpt_path={config.ckpt_path} names one. Drop one of them."
+        )
+    if config.overwrite:
+        raise ConfigError("resume=auto continues a run, overwrite=true deletes it. Drop one of them.")
+    if config.trainer.fast_dev_run:
+        return None
+    folder = Path(config.checkpoint.dirpath or CHECKPOINT_ROOT / run_name_of(config))
+    found = newest_good(folder)
+    return None if found is None else str(found)
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Better now than when the first checkpoint is due. Leaves nothing behind.
+
+    Raises:
+        ConfigError: If no file can be made in a folder, or in the one in which it will be made.
+    """
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be written to ({error.strerror or error}). Set {key} to another folder."
+        ) from error
 
 
 class _DeleteAtStart(L.Callback):
@@ -289,6 +365,10 @@ def main(args: list[str] | None = None) -> None:
         return speed_command(words[1:])
     try:
         build_cli(args)
+    except (
+        SIGTERMException
+    ):  # Lightning's own answer to the signal, where no run was trained; it would look like a success
+        sys.exit(128 + signal.SIGTERM)
     except (ValueError, MisconfigurationException) as error:
         repairable = find_repairable(error)
         if repairable is None:

@@ -177,7 +177,8 @@ def test_resume__continues_at_the_next_step(with_run: Path, command: Command) ->
     assert "Finished at step 6." in result.out
     checkpoint = torch.load(with_run / LAST, weights_only=True)
     assert (checkpoint["global_step"], checkpoint["epoch"]) == (6, 1)
-    assert {path.name for path in (with_run / "checkpoints/pretrain_dino").iterdir()} == {"last.ckpt", "best.ckpt"}
+    kept = {"last.ckpt", "last-1.ckpt", "best.ckpt"}
+    assert {path.name for path in (with_run / "checkpoints/pretrain_dino").iterdir()} == kept
     steps = [value.step for value in events(with_run / "logs/pretrain_dino").Scalars("train/loss")]
     assert steps == sorted(set(steps))
     assert len(steps) == 6
@@ -202,6 +203,7 @@ def test_probe__runs_with_the_printed_command(with_run: Path, pretrained: Simple
         "logs/linear_probe/events.out.tfevents",
         "logs/linear_probe/results.json",
         "checkpoints/linear_probe/last.ckpt",
+        "checkpoints/linear_probe/last-1.ckpt",
         "checkpoints/linear_probe/best.ckpt",
     }
     results = json.loads((with_run / "logs/linear_probe/results.json").read_text())

@@ -18,6 +18,7 @@ from safetensors.torch import load_file as load_safetensors
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from vil_lightning.backbones.integrity import find_damage
 from vil_lightning.backbones.layers import resize_position_embedding
 
 _logger = logging.getLogger(__name__)
@@ -172,6 +173,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 def read_file(path: str | PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint without ever unpickling anything but tensors and plain containers.
 
+    Damaged files are refused as far as they tell, see `vil_lightning.backbones.integrity`.
+
     An `argparse.Namespace` counts as one: the published Vim files hold the arguments of their run. It has attributes
     and no code that unpickling would run.
 
@@ -180,6 +183,10 @@ def read_file(path: str | PathLike[str]) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"No weights file at {path}.")
+    with open(path, "rb") as file:
+        is_archive = file.read(2) == b"PK"  # of `torch.save`, since version 1.6
+    if is_archive and (damage := find_damage(path)):
+        raise WeightsError(f"{path} is damaged: {damage}. Copy or download it again.")
     try:
         if Path(path).suffix == ".safetensors":
             content: Any = load_safetensors(path)

@@ -2,9 +2,11 @@
 
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -56,6 +58,31 @@ class LastCheckpoint(ModelCheckpoint):
         saved = self.by_epoch and self._last_global_step_saved == trainer.global_step
         if not saved and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._save(trainer)
+        self._finish_writing(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if not isinstance(exception, SystemExit):  # an orderly stop has saved what it wanted to keep
+            super().on_exception(trainer, pl_module, exception)
+
+    def save_now(self, trainer: L.Trainer) -> None:
+        """Write the state after a step, at once, and see that it is there.
+
+        Raises:
+            ConfigError: If it cannot be written.
+        """
+        if self._last_global_step_saved != trainer.global_step:
+            self._save(trainer)
+        self._finish_writing(trainer)
+
+    @staticmethod
+    def _finish_writing(trainer: L.Trainer) -> None:
+        """Wait for a state that is written in the background, and refuse to call a run finished whose state is lost."""
+        writer: Any = trainer.strategy.checkpoint_io
+        if isinstance(writer, AsyncCheckpointIO):
+            writer.teardown()  # waits; it starts again with the next checkpoint
+            writer = writer.checkpoint_io
+        if hasattr(writer, "check_written"):
+            writer.check_written()
 
     def _save(self, trainer: L.Trainer) -> None:
         self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))

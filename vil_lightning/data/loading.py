@@ -267,9 +267,13 @@ class EpochSampler(DistributedSampler[Key]):
 
     def __iter__(self) -> Iterator[Key]:
         skip, self.skip_samples = self.skip_samples, 0
+        return self.keys_from(skip)
+
+    def keys_from(self, place: int) -> Iterator[Key]:
+        """What this process gets in this epoch, from its `place`-th image on."""
         order = self._order()
-        for place in range(skip, self.num_samples):
-            position = place * self.num_replicas + self.rank  # among those of all processes
+        for own in range(place, self.num_samples):
+            position = own * self.num_replicas + self.rank  # among those of all processes
             image, repeat = divmod(position, self.repeats)
             # Without drop_last there may be more positions than images: the first ones come again.
             yield self.epoch * self.repeats + repeat, order[image % len(order)]

@@ -8,7 +8,9 @@ from torch import Tensor
 class FiniteCheck:
     """Watches loss and gradient norm of the latest step, and raises in words once one of them is not finite.
 
-    Values are read a step late: by then they are computed, and reading them does not stall the device.
+    Values are read a step late: by then they are computed, and reading them does not stall the device. Where a callback looks
+    at every step before it is taken, and skips bad ones (it has a true `skips`; the command line adds one), nothing is left
+    to do here.
 
     Args:
         remedies: End of the message: what to change.
@@ -21,8 +23,10 @@ class FiniteCheck:
     def watch_loss(self, module: L.LightningModule, loss: Tensor) -> Tensor:
         """Returns the mean over all processes, for the log."""
         # Of all ranks: their gradients are averaged, so one broken loss breaks every rank, and all have to stop together.
-        self._value = module.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
-        return self._value
+        mean: Tensor = module.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")  # type: ignore[assignment]
+        if not _guarded(module):
+            self._value = mean
+        return mean
 
     def watch_grad_norm(self, module: L.LightningModule, grad_norm: Tensor) -> None:
         scaler = getattr(module.trainer.precision_plugin, "scaler", None)
@@ -43,3 +47,8 @@ class FiniteCheck:
                 f"(lr={lr:.3g}, precision={module.trainer.precision}). The run has diverged. Resume from the last "
                 f"checkpoint with {self.remedies}"
             )
+
+
+def _guarded(module: L.LightningModule) -> bool:
+    """Whether a callback decides about bad steps before they are taken."""
+    return any(getattr(callback, "skips", False) for callback in module.trainer.callbacks)  # type: ignore[attr-defined]

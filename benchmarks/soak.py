@@ -1,0 +1,129 @@
+"""Does a long run stay as it began? Half an hour of DINO on the built-in digits: memory, file handles, threads and speed.
+
+    python benchmarks/soak.py --minutes 30 --out benchmarks/results/soak
+
+Runs the shipped recipe, with its validation, pictures and checkpoints, and samples this process. The first tenth is left out
+(allocators and caches fill up); of the rest the first third is compared with the last. Speed is given per second and per second
+of CPU time: the latter hardly feels other programs on the machine.
+"""
+
+import argparse
+import csv
+import datetime
+import gc
+import os
+import platform
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from vil_lightning import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+COLUMNS = ("seconds", "cpu_seconds", "step", "memory_mib", "handles", "threads", "objects")
+
+
+class Sampler(L.Callback):
+    """Looks at this process every few seconds."""
+
+    def __init__(self, path: Path, every: float) -> None:
+        self.file = path.open("w", newline="")
+        self.writer = csv.writer(self.file)
+        self.writer.writerow(COLUMNS)
+        self.every, self.start, self.next = every, time.monotonic(), 0.0
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        now = time.monotonic() - self.start
+        if now < self.next:
+            return
+        self.next = now + self.every
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        row = (
+            round(now, 2),
+            round(time.process_time(), 2),
+            trainer.global_step,
+            round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1),
+            len(os.listdir("/proc/self/fd")),
+            len(os.listdir("/proc/self/task")),
+            len(gc.get_objects()),
+        )
+        self.writer.writerow(row)
+        self.file.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--every", type=float, default=5, help="seconds between samples")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "pretrain_dino.yaml")
+    parser.add_argument("--out", type=Path, required=True, help="PATH.md and PATH.csv are written")
+    args, extra = parser.parse_known_args()
+    out = args.out.resolve()
+    started = datetime.datetime.now(datetime.timezone.utc)
+    load = os.getloadavg()[0]
+    before = cli.VilCLI.before_fit
+
+    def before_fit(self: cli.VilCLI) -> None:
+        before(self)
+        self.trainer.callbacks.append(Sampler(out.with_suffix(".csv"), args.every))  # type: ignore[attr-defined]
+
+    cli.VilCLI.before_fit = before_fit  # type: ignore[method-assign]
+    seconds = round(60 * args.minutes)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        sys.argv[1:] = []
+        limit = f"00:{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+        cli.main(
+            ["fit", "--config", str(args.config), "--trainer.max_epochs", "5000", "--trainer.max_time", limit, *extra]
+        )
+        os.chdir(ROOT)
+    rows = [[float(value) for value in row] for row in list(csv.reader(out.with_suffix(".csv").open()))[1:]]
+    text = report(rows, started, load, f"python benchmarks/soak.py --minutes {args.minutes:g} {shlex.join(extra)}")
+    print("\n" + text)
+    out.with_suffix(".md").write_text(text)
+
+
+def report(rows: list[list[float]], started: datetime.datetime, load: float, command: str) -> str:
+    """What the two thirds have in common."""
+    rows = rows[len(rows) // 10 :]
+    third = len(rows) // 3
+    parts = rows[:third], rows[-third:]
+
+    def speed(part: list[list[float]], clock: int) -> float:
+        return (part[-1][2] - part[0][2]) / (part[-1][clock] - part[0][clock])
+
+    lines = [
+        ("steps per second", speed(parts[0], 0), speed(parts[1], 0)),
+        ("steps per second of CPU time", speed(parts[0], 1), speed(parts[1], 1)),
+    ]
+    for name in COLUMNS[3:]:
+        place = COLUMNS.index(name)
+        first, last = (statistics.median(row[place] for row in part) for part in parts)
+        lines.append((name.replace("_", " "), first, last))
+    return "\n".join(
+        [
+            "# Soak",
+            "",
+            f"- date: {started.isoformat(timespec='seconds')}; {rows[-1][0] / 60:.1f} minutes, {rows[-1][2]:.0f} steps",
+            f"- hardware: {platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} torch threads; "
+            f"load average when started {load:.2f}",
+            f"- software: python {platform.python_version()}, torch {torch.__version__}, lightning {L.__version__}",
+            f"- command: `{command.strip()}`",
+            "",
+            "| | first third | last third | change |",
+            "|---|---:|---:|---:|",
+            *(f"| {name} | {a:.4g} | {b:.4g} | {100 * (b / a - 1):+.1f} % |" for name, a, b in lines),
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
