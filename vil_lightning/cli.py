@@ -61,7 +61,9 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 class VilCLI(LightningCLI):
-    """Adds `run_name`, `overwrite`, `resume`, `global_batch_size`, `checkpoint`, `keep`, `faults` and `predictions` to the arguments."""
+    """Lightning's arguments, and `run_name`, `overwrite`, `resume`, `global_batch_size`, `checkpoint`, `keep`, `faults` and
+    `predictions`.
+    """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(

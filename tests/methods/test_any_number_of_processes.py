@@ -55,7 +55,7 @@ def with_sgd(model: Any) -> Any:
 def dino_of_resnet() -> DINO:
     torch.manual_seed(1)
     sizes = {"num_prototypes": 24, "head_hidden_dim": 16, "head_bottleneck_dim": 8, "freeze_last_layer": 0}
-    return DINO(BackboneConfig("resnet10t", None, {}), base_lr=0.2, lr_warmup=0, teacher_momentum=0.9, **sizes)
+    return DINO(BackboneConfig("resnet10t", None, {}), base_lr=0.02, lr_warmup=0, teacher_momentum=0.9, **sizes)
 
 
 class ContentIBOT(IBOT):

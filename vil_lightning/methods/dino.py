@@ -27,7 +27,7 @@ from vil_lightning.methods.backbone import (
     resolve_backbone,
 )
 from vil_lightning.methods.commands import probe_command
-from vil_lightning.methods.randomness import seed_step
+from vil_lightning.methods.randomness import float32_weights, seed_step
 from vil_lightning.methods.self_distillation import (
     Auto,
     CollapseWatch,
@@ -129,6 +129,7 @@ class DINO(L.LightningModule):
         if num_prototypes != "auto":
             self._complete(num_prototypes)
 
+    @float32_weights()
     def configure_model(self) -> None:
         """Adds the heads, if their size had to wait for the data."""
         if self.num_prototypes == "auto":

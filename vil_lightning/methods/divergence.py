@@ -23,7 +23,7 @@ class FiniteCheck:
     def watch_loss(self, module: L.LightningModule, loss: Tensor) -> Tensor:
         """Returns the mean over all processes, for the log."""
         # Of all ranks: their gradients are averaged, so one broken loss breaks every rank, and all have to stop together.
-        mean: Tensor = module.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")  # type: ignore[assignment]
+        mean: Tensor = module.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
         if not _guarded(module):
             self._value = mean
         return mean

@@ -191,7 +191,7 @@ class LinearProbe(L.LightningModule):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         *features, labels = batch
         losses = [
-            F.cross_entropy(head(x), labels)
+            F.cross_entropy(head(x.float()), labels)  # the classifiers are float32 also with bf16-true
             for name, x in zip(self.poolings, features, strict=True)
             for head in self.heads[name].values()  # type: ignore[operator]
         ]

@@ -2,10 +2,27 @@
 
 import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import lightning as L
 import numpy as np
 import torch
+
+
+@contextmanager
+def float32_weights() -> Iterator[None]:
+    """Build networks in float32, whatever `trainer.precision` is; Lightning rounds the weights afterwards.
+
+    With bf16-true it would have them drawn in bfloat16, whose uniform numbers hit 0 and 1: a truncated normal distribution,
+    made from them by an inverse error function, then has values at its bounds, a hundred standard deviations away.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32 if before in (torch.bfloat16, torch.float16) else before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def seed_step(trainer: L.Trainer, batch_idx: int) -> None:

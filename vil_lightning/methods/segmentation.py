@@ -33,7 +33,7 @@ from vil_lightning.methods.backbone import (
 )
 from vil_lightning.methods.optimisation import Optimisation
 from vil_lightning.methods.optimisers import adamw
-from vil_lightning.methods.randomness import seed_step
+from vil_lightning.methods.randomness import float32_weights, seed_step
 from vil_lightning.methods.resuming import check_settings, record_settings
 from vil_lightning.methods.run_length import global_batch_size, resolve_durations
 from vil_lightning.optim import layer_lr_scales, scale_lr
@@ -169,6 +169,7 @@ class Segmentation(L.LightningModule):
                 "Segmentation writes no predictions. Use `validate` to score it; `forward` gives the logits."
             )
 
+    @float32_weights()
     def configure_model(self) -> None:
         if hasattr(self, "decoder"):
             return

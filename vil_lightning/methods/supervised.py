@@ -40,7 +40,7 @@ from vil_lightning.methods.backbone import (
 )
 from vil_lightning.methods.divergence import FiniteCheck
 from vil_lightning.methods.optimisers import adamw, set_lr
-from vil_lightning.methods.randomness import seed_step
+from vil_lightning.methods.randomness import float32_weights, seed_step
 from vil_lightning.methods.resuming import SETTINGS_KEY, check_batch, check_settings, record_batch, record_settings
 from vil_lightning.methods.run_length import global_batch_size, resolve_durations
 from vil_lightning.optim import clip_grad_per_tensor, layer_lr_scales, scale_lr, weight_decay_groups
@@ -188,6 +188,7 @@ class Supervised(L.LightningModule):
 
     # --- the network, once the data is known --------------------------------------------------------------------------
 
+    @float32_weights()
     def configure_model(self) -> None:
         if hasattr(self, "backbone"):
             return
