@@ -13,6 +13,7 @@ set -euo pipefail
 NODES="${NODES:-1}"                          # machines: a number, or MIN:MAX to go on with fewer and take on new ones
 GPUS="${GPUS:-gpu}"                          # processes per machine: a number, or gpu for as many as there are GPUs
 HOST="${HOST:-localhost:29500}"              # where the machines meet: one of them and a free port, the same on all
+LOCAL_ADDR="${LOCAL_ADDR:-}"                 # this machine's address, where its own name does not resolve on the others
 RUN_ID="${RUN_ID:-vil}"                      # tells jobs apart that meet at the same place
 MAX_RESTARTS="${MAX_RESTARTS:-3}"
 ACCELERATOR="${ACCELERATOR:-gpu}"            # cpu to try it out (with GPUS=2)
@@ -46,7 +47,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # MIN:MAX, that number is known only inside, so the processes set it from their environment.
 exec "$PYTHON" -m torch.distributed.run \
     --nnodes "$NODES" --nproc-per-node "$GPUS" --max-restarts "$MAX_RESTARTS" \
-    --rdzv-backend c10d --rdzv-endpoint "$HOST" --rdzv-id "$RUN_ID" \
+    --rdzv-backend c10d --rdzv-endpoint "$HOST" --rdzv-id "$RUN_ID" ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"} \
     --no-python bash -c '
         exec "$0" main.py fit --config "$1" --config configs/trainer/ddp.yaml --trainer.accelerator "$2" \
             --trainer.num_nodes "$GROUP_WORLD_SIZE" --trainer.devices "$LOCAL_WORLD_SIZE" --resume auto "${@:3}"

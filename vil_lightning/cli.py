@@ -5,9 +5,11 @@ A run is named after its recipe (or `--run_name`). Logs go to `logs/<run>/`, che
 """
 
 import logging
+import os
 import signal
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +33,7 @@ from vil_lightning.errors import ConfigError
 from vil_lightning.evaluation.command import main as evaluation_command
 from vil_lightning.methods.batch_norm import BatchNormSync
 from vil_lightning.methods.run_length import divide_batch
-from vil_lightning.reliability import FaultPolicy, Preemption, StepGuard
+from vil_lightning.reliability import FaultPolicy, Preemption, StepGuard, lost_peer, watch_launcher
 from vil_lightning.speed.command import main as speed_command
 
 LOG_ROOT = Path("logs")
@@ -139,6 +141,19 @@ class VilCLI(LightningCLI):
             # Every process refuses, so that none waits for the others; one deletes.
             paths = claim_run(Path(config.checkpoint.dirpath), log_dir, config.get("ckpt_path"), config.overwrite)
             self.to_delete = paths if getattr(rank_zero_only, "rank", 0) == 0 else []
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        watch_launcher()
+        try:
+            super()._run_subcommand(subcommand)
+        except RuntimeError as error:
+            message = lost_peer(error, self.trainer)
+            if message is None:
+                raise
+            traceback.print_exc()
+            print(f"\nerror: {message}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            os._exit(1)  # other ways out wait for the lost process
 
     def before_fit(self) -> None:
         strategy = self.trainer.strategy
