@@ -45,6 +45,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # torchrun tells each process the world it is in; Lightning believes num_nodes and devices, which must multiply to it. With
 # MIN:MAX, that number is known only inside, so the processes set it from their environment.
+# shellcheck disable=SC2016  # what is in single quotes is expanded there
 exec "$PYTHON" -m torch.distributed.run \
     --nnodes "$NODES" --nproc-per-node "$GPUS" --max-restarts "$MAX_RESTARTS" \
     --rdzv-backend c10d --rdzv-endpoint "$HOST" --rdzv-id "$RUN_ID" ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"} \
