@@ -150,11 +150,11 @@ class Distillation(L.LightningModule):
         renormalize = self.teacher_norm != self.data_norm
         if size == images.shape[-1] and not renormalize:
             return images
-        mean, std = (torch.tensor(value, device=images.device).view(3, 1, 1) for value in self.data_norm)
+        mean, std = per_channel(self.data_norm, images.device)
         pixels = images.float() * std + mean
         if size != images.shape[-1]:  # as with images of 8 bits, bicubic filters do not leave the range of a pixel
             pixels = F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        mean, std = (torch.tensor(value, device=images.device).view(3, 1, 1) for value in self.teacher_norm)
+        mean, std = per_channel(self.teacher_norm, images.device)
         return ((pixels - mean) / std).to(images.dtype)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -293,6 +293,12 @@ class Distillation(L.LightningModule):
                 f"ckpt_path: the checkpoint's heads are {saved}, here they are {heads}. Resume with the model.image_weight, "
                 "model.patch_weight and model.head_hidden_dim of that run."
             )
+
+
+def per_channel(norm: tuple[tuple[float, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (3, 1, 1) each. Copied without waiting for the device, which `torch.tensor(..., device=)` would."""
+    mean, std = (torch.tensor(value).view(3, 1, 1).to(device, non_blocking=True) for value in norm)
+    return mean, std
 
 
 # --- what is compared -------------------------------------------------------------------------------------------------

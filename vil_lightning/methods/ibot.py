@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from vil_lightning.backbones import VisionLSTM
 from vil_lightning.errors import ConfigError
 from vil_lightning.losses.prototypes import centered_targets, patch_loss, sinkhorn_targets, view_loss
-from vil_lightning.masking import uneven_block_mask
+from vil_lightning.masking import hidden_places, uneven_block_mask
 from vil_lightning.methods.backbone import (
     BackboneConfig,
     build_backbone,
@@ -237,10 +237,10 @@ class IBOT(L.LightningModule):
         return self
 
     def draw_mask(self, images: Tensor) -> Tensor:
-        """A mask (B, N), True where hidden."""
+        """A mask (B, N), True where hidden; on the CPU, where reading it waits for nothing."""
         embed: Any = self.student["backbone"].patch_embed
         grid_size = (images.shape[2] // embed.patch_size[0], images.shape[3] // embed.patch_size[1])
-        return uneven_block_mask(len(images), grid_size, self.mask_prob, self.mask_ratio, images.device)
+        return uneven_block_mask(len(images), grid_size, self.mask_prob, self.mask_ratio)
 
     @torch.no_grad()
     def teacher_scores(self, large: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -251,17 +251,20 @@ class IBOT(L.LightningModule):
         vectors = normalized(head, read_patches(self.teacher["backbone"], tokens, self.shared_head))  # (2 B, N, .)
         # The last layer is linear: the mean of all scores is the score of the mean, and 2 B N K numbers need not exist.
         mean = head.last_layer(vectors.flatten(0, 1).mean(0, keepdim=True))  # type: ignore[operator]
-        return images.float(), head.last_layer(vectors[hidden]).float(), mean.float()  # type: ignore[operator]
+        chosen = take_patches(vectors, hidden)
+        return images.float(), head.last_layer(chosen).float(), mean.float()  # type: ignore[operator]
 
     def student_scores(self, views: list[Tensor], hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scores of all views (V B, K) and of the hidden patches (M, K), and the pooled vectors of all views (V B, D)."""
         backbone, token = self.student["backbone"], self.student["mask_token"].weight
-        tokens = encode_masked(backbone, torch.cat(views[:2]), hidden, token)  # type: ignore[arg-type]
+        large = torch.cat(views[:2])
+        on_device = hidden.to(large.device, non_blocking=True)
+        tokens = encode_masked(backbone, large, on_device, token)  # type: ignore[arg-type]
         pooled = [backbone.forward_head(tokens)]  # type: ignore[operator]
         pooled += [backbone(same_size) for same_size in concat_by_size(views[2:])]
         features = torch.cat(pooled)
         head = self._patch_head(self.student)
-        patches = head(read_patches(backbone, tokens, self.shared_head)[hidden])
+        patches = head(take_patches(read_patches(backbone, tokens, self.shared_head), hidden))
         return self.student["image_head"](features).float(), patches.float(), features.float()
 
     def _patch_head(self, network: nn.ModuleDict) -> nn.Module:
@@ -411,6 +414,12 @@ def read_patches(backbone: nn.Module, tokens: Tensor, as_images: bool) -> Tensor
     if not as_images or not reads_single_patches(backbone):
         return patches
     return backbone.forward_head(patches.flatten(0, 1)[:, None]).unflatten(0, patches.shape[:2])  # type: ignore[operator]
+
+
+def take_patches(patches: Tensor, hidden: Tensor) -> Tensor:
+    """The hidden ones (M, D) of all patches (B, N, D); `hidden` (B, N) may lie on the CPU."""
+    places = hidden_places(hidden).to(patches.device, non_blocking=True)
+    return patches.flatten(0, 1).index_select(0, places)
 
 
 def normalized(head: nn.Module, x: Tensor) -> Tensor:

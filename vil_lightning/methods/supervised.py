@@ -39,7 +39,7 @@ from vil_lightning.methods.backbone import (
     resolve_backbone,
 )
 from vil_lightning.methods.divergence import FiniteCheck
-from vil_lightning.methods.optimisers import adamw, set_lr
+from vil_lightning.methods.optimisers import adamw, on_cpu, set_lr
 from vil_lightning.methods.randomness import seed_step
 from vil_lightning.methods.resuming import SETTINGS_KEY, check_settings, record_settings
 from vil_lightning.methods.run_length import global_batch_size, resolve_durations
@@ -361,7 +361,7 @@ class Supervised(L.LightningModule):
         self._finite.watch_grad_norm(self, self._grad_norm)
         if self.ema is not None:  # here, so that a checkpoint written after this batch holds it
             self.ema.update(self.backbone)
-        self.log_dict({"schedule/lr": lr, "train/grad_norm": self._grad_norm})
+        self.log_dict({"schedule/lr": on_cpu(lr), "train/grad_norm": self._grad_norm})
 
     def scheduled_lr(self) -> float:
         """Learning rate at the current optimiser step, before layer-wise decay."""
