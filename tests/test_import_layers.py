@@ -68,7 +68,7 @@ def permitted(path: Path, name: str) -> bool:
         case "methods":
             upward = ("data", "callbacks", "evaluation", "speed", "cli")
             return not within(name, *(f"vil_lightning.{package}" for package in upward))
-        case "cli" | "checkpoint_io" | "look":  # parts of the command line
+        case "cli" | "checkpoint_io" | "look" | "out_of_memory":  # parts of the command line
             return True
         case _:  # the building blocks
             return not within(name, "lightning", *OUTER)
@@ -90,6 +90,7 @@ def test_import_layers__every_module_belongs_to_a_layer() -> None:
         "cli",
         "checkpoint_io",
         "look",
+        "out_of_memory",
         "evaluation",
         "speed",
     } | BUILDING_BLOCKS

@@ -35,7 +35,8 @@ from vil_lightning.methods.backbone import (
     resolve_backbone,
 )
 from vil_lightning.methods.commands import probe_command
-from vil_lightning.methods.masked import check_maskable, compile_blocks, encode_masked
+from vil_lightning.methods.compiling import CompileMode, check_compile, compile_blocks, resolve_mode
+from vil_lightning.methods.masked import check_maskable, encode_masked
 from vil_lightning.methods.randomness import seed_step
 from vil_lightning.methods.self_distillation import (
     Auto,
@@ -87,7 +88,7 @@ class IBOT(L.LightningModule):
         weight_decay: At the start; follows a cosine. Never on biases, norms, position embeddings and the mask token.
         final_weight_decay: At the end.
         clip_grad: Largest L2 norm of a single tensor's gradient. `trainer.gradient_clip_val` (global norm) acts in addition.
-        compile: Compile the blocks of both backbones with torch.compile.
+        compile: Compile the blocks of both backbones: true, default or max-autotune, see `compiling`.
 
     What `"auto"` chooses is printed at the start of a run with its reason, see `vil_lightning.methods.small_data`.
     Durations are `"10 epochs"`, `"500 steps"`, `"10%"` or a fraction of the run below 1.
@@ -130,7 +131,7 @@ class IBOT(L.LightningModule):
         weight_decay: float = 0.04,
         final_weight_decay: float = 0.4,
         clip_grad: float | None = 3.0,
-        compile: bool = False,
+        compile: CompileMode = False,
     ) -> None:
         super().__init__()
         if student_temp <= 0:
@@ -177,7 +178,8 @@ class IBOT(L.LightningModule):
         self.balance = targets
         self.student_temp = student_temp
         self.center_momentum = center_momentum
-        self.compile_blocks = compile
+        self.compile_mode = compile
+        resolve_mode(compile)
         self.koleo = KoLeoLoss()
         self._collapse = CollapseWatch()
         body = build_backbone(self.backbone_config)
@@ -220,9 +222,8 @@ class IBOT(L.LightningModule):
         self.teacher = start_teacher(add_heads(teacher), self.student)
         self.image_center = Center((1, num_prototypes), momentum=self.center_momentum)
         self.patch_center = Center((1, num_prototypes), momentum=self.center_momentum)
-        if self.compile_blocks:
-            compile_blocks(self.student["backbone"])
-            compile_blocks(self.teacher["backbone"])
+        compile_blocks(self.student["backbone"], self.compile_mode)
+        compile_blocks(self.teacher["backbone"], self.compile_mode)
 
     # --- the method ---------------------------------------------------------------------------------------------------
 
@@ -342,6 +343,7 @@ class IBOT(L.LightningModule):
     # --- checks before the first step, and reports --------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
+        check_compile(self, self.compile_mode, by_blocks=True)
         data = getattr(self.trainer, "datamodule", None)
         transform = getattr(data, "train_transform", None)
         if transform is None or not hasattr(transform, "num_local_views"):
