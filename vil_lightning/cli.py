@@ -29,6 +29,7 @@ from vil_lightning.callbacks import LastCheckpoint, PredictionWriter, RunProgres
 from vil_lightning.checkpoint_io import LAST, AtomicCheckpointIO, KeepPolicy, newest_good, remove_partial
 from vil_lightning.errors import ConfigError
 from vil_lightning.evaluation.command import main as evaluation_command
+from vil_lightning.out_of_memory import describe, is_out_of_memory
 from vil_lightning.reliability import FaultPolicy, Preemption, StepGuard
 from vil_lightning.speed.command import main as speed_command
 
@@ -128,6 +129,14 @@ class VilCLI(LightningCLI):
             # Every process refuses, so that none waits for the others; one deletes.
             paths = claim_run(Path(config.checkpoint.dirpath), log_dir, config.get("ckpt_path"), config.overwrite)
             self.to_delete = paths if getattr(rank_zero_only, "rank", 0) == 0 else []
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ConfigError(describe(error, self.trainer)) from error
 
     def before_fit(self) -> None:
         strategy = self.trainer.strategy

@@ -351,16 +351,20 @@ class ImageDataModule(L.LightningDataModule):
 
     def _standardize(self, images: Tensor) -> Tensor:
         """The same for floats in [0, 1]."""
-        mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
+        mean, std = self._statistics(images.device)
         images = (images - mean) / std
         # Lightning has converted the batch already; but then it was uint8.
         return images if self.trainer is None else self.trainer.precision_plugin.convert_input(images)
 
+    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and deviation (3, 1, 1). Copied without waiting for the device, which `torch.tensor(..., device=)` would."""
+        values = self.mean, self.std
+        mean, std = (torch.tensor(value).view(3, 1, 1).to(device, non_blocking=True) for value in values)
+        return mean, std
+
     def denormalize(self, images: Tensor) -> Tensor:
         """Back to [0, 1], for pictures."""
-        mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
+        mean, std = self._statistics(images.device)
         return (images.float() * std + mean).clamp(0, 1)
 
 

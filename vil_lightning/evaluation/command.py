@@ -47,6 +47,9 @@ def evaluate(args: list[str]) -> None:
     data.setup("fit")
     check_classes(data)
     subject = subject_of(built, data, first)
+    name = built.run_name or run_name_of(subject.backbone)
+    if not built.out and (Path(name).name != name or name in (".", "..")):
+        raise ConfigError(f"run_name={name!r} must be a plain folder name, without slashes; or set --out to a folder.")
     network = subject.build()
     check_input_size(network, data.img_size, "data.img_size")
     for task in built.tasks:
@@ -55,7 +58,6 @@ def evaluate(args: list[str]) -> None:
     if not first:
         return
 
-    name = built.run_name or run_name_of(subject.backbone)
     folder = Path(built.out) if built.out else EVALUATION_ROOT / name
     results = {
         "name": name,

@@ -18,7 +18,7 @@ from vil_lightning.methods.backbone import (
     recorded_backbone,
 )
 from vil_lightning.methods.divergence import FiniteCheck
-from vil_lightning.methods.optimisers import adamw, set_lr
+from vil_lightning.methods.optimisers import adamw, on_cpu, set_lr
 from vil_lightning.methods.resuming import check_settings, record_settings
 from vil_lightning.methods.run_length import global_batch_size, resolve_durations
 from vil_lightning.optim import clip_grad_per_tensor, scale_lr
@@ -90,7 +90,7 @@ class Optimisation:
     def after_step(self, module: L.LightningModule) -> None:
         """In `optimizer_step`, after `super()`."""
         self.finite.watch_grad_norm(module, self.grad_norm)
-        module.log_dict({"schedule/lr": self.lr, "train/grad_norm": self.grad_norm})
+        module.log_dict({"schedule/lr": on_cpu(self.lr), "train/grad_norm": self.grad_norm})
 
     # --- optimiser ----------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from vil_lightning.methods.backbone import (
     recorded_backbone,
 )
 from vil_lightning.methods.divergence import FiniteCheck
-from vil_lightning.methods.optimisers import adamw, set_lr
+from vil_lightning.methods.optimisers import adamw, on_cpu, set_lr
 from vil_lightning.methods.run_length import global_batch_size, resolve_durations
 from vil_lightning.methods.small_data import choose_teacher_momentum, choose_teacher_temp
 from vil_lightning.optim import clip_grad_per_tensor, layer_lr_scales, scale_lr
@@ -152,7 +152,7 @@ class SelfDistillation:
         update_momentum(student, teacher, self.applied["teacher_momentum"])
         for teacher_buffer, student_buffer in zip(teacher.buffers(), student.buffers(), strict=True):
             teacher_buffer.copy_(student_buffer)
-        module.log_dict({f"schedule/{name}": value for name, value in self.applied.items()})
+        module.log_dict({f"schedule/{name}": on_cpu(value) for name, value in self.applied.items()})
         module.log("train/grad_norm", self.grad_norm)
 
     # --- schedules and optimiser --------------------------------------------------------------------------------------

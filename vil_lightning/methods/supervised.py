@@ -38,8 +38,9 @@ from vil_lightning.methods.backbone import (
     recorded_num_classes,
     resolve_backbone,
 )
+from vil_lightning.methods.compiling import CompileMode, begin_step, check_compile, compile_network, resolve_mode
 from vil_lightning.methods.divergence import FiniteCheck
-from vil_lightning.methods.optimisers import adamw, set_lr
+from vil_lightning.methods.optimisers import adamw, on_cpu, set_lr
 from vil_lightning.methods.randomness import seed_step
 from vil_lightning.methods.resuming import SETTINGS_KEY, check_settings, record_settings
 from vil_lightning.methods.run_length import global_batch_size, resolve_durations
@@ -81,7 +82,7 @@ class Supervised(L.LightningModule):
         ema_decay: Keep a moving average of the weights with this decay per step, and score it, too. It is what other recipes
             then take from the checkpoint. None for none. (It moves also in a step that a gradient scaler skips.)
         predict_top_k: Classes per image that `predict` returns.
-        compile: Compile the network with torch.compile.
+        compile: Compile the network: true, default, reduce-overhead or max-autotune, see `compiling`.
 
     Durations are `"10 epochs"`, `"500 steps"`, `"10%"` or a fraction of the run below 1. Clip gradients with
     `trainer.gradient_clip_val` (global norm; 1.0 in the ViL recipes).
@@ -113,7 +114,7 @@ class Supervised(L.LightningModule):
         layer_decay: float | None = None,
         ema_decay: float | None = None,
         predict_top_k: int = 5,
-        compile: bool = False,
+        compile: CompileMode = False,
     ) -> None:
         super().__init__()
         _check_ranges(
@@ -170,7 +171,8 @@ class Supervised(L.LightningModule):
         self.ema_decay = ema_decay
         self.predict_top_k = predict_top_k
         self.predict_per_class = loss == _BINARY
-        self.compile_backbone = compile
+        self.compile_mode = compile
+        resolve_mode(compile)
         self.classes: list[str] = []
         self.loss_name = loss
         self.loss: nn.Module
@@ -217,10 +219,9 @@ class Supervised(L.LightningModule):
         self._freeze()
         if self.ema_decay is not None:
             self.ema = ModelEmaV3(self.backbone, decay=self.ema_decay).requires_grad_(False)
-        if self.compile_backbone:
-            self.backbone.compile()
-            if self.ema is not None:
-                self.ema.module.compile()
+        compile_network(self.backbone, self.compile_mode)
+        if self.ema is not None:
+            compile_network(self.ema.module, self.compile_mode)
         if (self.mixup_alpha or self.cutmix_alpha) and self.mix_prob:
             self.mixup = Mixup(
                 self.mixup_alpha,
@@ -273,6 +274,7 @@ class Supervised(L.LightningModule):
             raise ConfigError(f"model.freeze={list(self.freeze_prefixes)} leaves nothing to train.")
 
     def setup(self, stage: str) -> None:
+        check_compile(self, self.compile_mode)
         data: Any = getattr(self.trainer, "datamodule", None)
         if stage != "predict" and not getattr(data, "labelled", True):
             raise ConfigError(
@@ -310,6 +312,7 @@ class Supervised(L.LightningModule):
         seed_step(self.trainer, batch_idx)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        begin_step(self.compile_mode)
         self._finite.raise_if_not_finite(self, self.scheduled_lr())
         images, labels = batch
         if self.erase_prob:
@@ -361,7 +364,7 @@ class Supervised(L.LightningModule):
         self._finite.watch_grad_norm(self, self._grad_norm)
         if self.ema is not None:  # here, so that a checkpoint written after this batch holds it
             self.ema.update(self.backbone)
-        self.log_dict({"schedule/lr": lr, "train/grad_norm": self._grad_norm})
+        self.log_dict({"schedule/lr": on_cpu(lr), "train/grad_norm": self._grad_norm})
 
     def scheduled_lr(self) -> float:
         """Learning rate at the current optimiser step, before layer-wise decay."""
