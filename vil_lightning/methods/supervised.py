@@ -45,6 +45,7 @@ from vil_lightning.methods.resuming import SETTINGS_KEY, check_settings, record_
 from vil_lightning.methods.run_length import global_batch_size, resolve_durations
 from vil_lightning.optim import clip_grad_per_tensor, layer_lr_scales, scale_lr, weight_decay_groups
 from vil_lightning.schedules import Duration, linear_cosine
+from vil_lightning.sharding import local
 
 _BINARY = "binary_cross_entropy"
 
@@ -216,7 +217,7 @@ class Supervised(L.LightningModule):
             self.predict_per_class = self.predict_per_class or recorded_loss(self.backbone_config) == _BINARY
         self._freeze()
         if self.ema_decay is not None:
-            self.ema = ModelEmaV3(self.backbone, decay=self.ema_decay).requires_grad_(False)
+            self.ema = MovingAverage(self.backbone, decay=self.ema_decay).requires_grad_(False)
         if self.compile_backbone:
             self.backbone.compile()
             if self.ema is not None:
@@ -534,6 +535,20 @@ class Supervised(L.LightningModule):
                 f"ckpt_path: {name} is {shape} in the checkpoint, but {tuple(self.state_dict()[name].shape)} here. --ckpt_path "
                 "continues a run; to start a new one from its weights use --model.backbone.weights (and model.new_head)."
             )
+
+
+class MovingAverage(ModelEmaV3):
+    """timm's, which also works slice by slice if network and average are sharded."""
+
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        averages, values = [], []
+        for average, value in zip(self.module.state_dict().values(), model.state_dict().values(), strict=True):
+            if average.is_floating_point():
+                averages.append(local(average))
+                values.append(local(value))
+            else:
+                average.copy_(value)
+        self._foreach_lerp_(averages, values, weight=1.0 - decay)
 
 
 def _check_ranges(
