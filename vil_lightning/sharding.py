@@ -30,13 +30,17 @@ def shard(root: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
     `root.training_step` then puts together what does not belong to a block. Anything else that runs a part of `root` does so
     within `gathered`.
     """
-    blocks = [block for name, part in root.named_modules() if name.split(".")[-1] == "blocks" for block in part.children()]
+    blocks = [
+        block for name, part in root.named_modules() if name.split(".")[-1] == "blocks" for block in part.children()
+    ]
     for block in blocks:  # one at a time: a device never has to hold the whole network
         _align(block.to(device), mesh)
         fully_shard(block, mesh=mesh)
     _align(root.to(device), mesh)
+    name = type(root).__name__
     # It stays together from the forward to the backward pass of a step.
     fully_shard(root, mesh=mesh, reshard_after_forward=False)
+    type(root).__name__ = name  # by which messages call it; torch puts FSDP before it
     root._gather = lambda: None  # type: ignore[assignment] # only for the hooks before and after it
     for name in ("training_step", "_gather"):
         register_fsdp_forward_method(root, name)
@@ -81,7 +85,12 @@ def gathering(root: nn.Module, method: Callable[..., Any]) -> Callable[..., Any]
 
 def _any_sharded(root: nn.Module) -> bool:
     """Whether a parameter of `root` that belongs to no block is sharded now."""
-    units = {id(part) for unit in root.modules() if isinstance(unit, FSDPModule) and unit is not root for part in unit.modules()}
+    units = {
+        id(part)
+        for unit in root.modules()
+        if isinstance(unit, FSDPModule) and unit is not root
+        for part in unit.modules()
+    }
     own = (p for part in root.modules() if id(part) not in units for p in part.parameters(recurse=False))
     return any(isinstance(parameter, DTensor) for parameter in own)
 

@@ -47,7 +47,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def setup(self, trainer: L.Trainer) -> None:
         """Lightning's, but for the sharding, for which it looks to `configure_model`."""
-        assert self.model is not None and self.accelerator is not None
+        assert self.model is not None
+        assert self.accelerator is not None
         self.accelerator.setup(trainer)
         if not is_sharded(self.model):  # it is if the trainer has run before
             if self._layer_sync is not None:  # trainer.sync_batchnorm
@@ -87,14 +88,16 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """As `optimizer.state_dict()`, with whole tensors; on the first process only. All processes have to ask."""
-        return self._whole((optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer).state_dict())
+        return self._whole(
+            (optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer).state_dict()
+        )
 
     def _whole(self, state: dict[str, Any]) -> dict[str, Any]:
         def whole(tensor: DTensor) -> Tensor | None:
             value = full(tensor.detach())
             return value.cpu() if self.is_global_zero else None
 
-        state = apply_to_collection(dict(state), DTensor, whole)
+        state = apply_to_collection(state, DTensor, whole)
         return state if self.is_global_zero else {}
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

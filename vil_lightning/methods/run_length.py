@@ -41,7 +41,7 @@ def global_batch_size(trainer: L.Trainer) -> int:
     """Images per optimiser step, over all devices and accumulated batches.
 
     Raises:
-        ConfigError: If nothing says how many, or a strategy is in use that does not split batches, and nothing else, in this way.
+        ConfigError: If nothing says how many, or under a strategy that splits more than batches.
     """
     check_strategy(trainer)
     per_device = getattr(getattr(trainer, "datamodule", None), "batch_size", None)

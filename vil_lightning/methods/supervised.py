@@ -39,6 +39,7 @@ from vil_lightning.methods.backbone import (
     resolve_backbone,
 )
 from vil_lightning.methods.divergence import FiniteCheck
+from vil_lightning.methods.fully_sharded import refuse_sharding
 from vil_lightning.methods.optimisers import adamw, set_lr
 from vil_lightning.methods.randomness import seed_step
 from vil_lightning.methods.resuming import SETTINGS_KEY, check_settings, record_settings
@@ -48,6 +49,11 @@ from vil_lightning.schedules import Duration, linear_cosine
 from vil_lightning.sharding import local
 
 _BINARY = "binary_cross_entropy"
+_SHARDED_OPTIMIZERS = (
+    "adamw",
+    "lamb",
+    "sgd",
+)  # others look at more of a matrix than a slice, or keep states of other shapes
 
 
 class Supervised(L.LightningModule):
@@ -372,6 +378,9 @@ class Supervised(L.LightningModule):
         )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.optimizer not in _SHARDED_OPTIMIZERS:
+            reason = f"of timm's optimisers only {', '.join(_SHARDED_OPTIMIZERS)} are known to train the same on slices"
+            refuse_sharding(self.trainer, f"model.optimizer={self.optimizer}", reason, "ddp")
         durations = {"lr_warmup": self.lr_warmup, "head_only": self.head_only}
         self.schedule_steps = resolve_durations(self.trainer, durations)
         head = [p for name, p in self.backbone.named_parameters() if name.startswith(self._head_names())]
