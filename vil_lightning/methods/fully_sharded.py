@@ -78,6 +78,10 @@ class FullyShardedStrategy(ModelParallelStrategy):
     # --- checkpoints: as without sharding -----------------------------------------------------------------------------
 
     @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return False  # `setup` asks for the data, which has to know by then where it goes on
+
+    @property
     def lightning_restore_optimizer(self) -> bool:
         return True
 
@@ -104,6 +108,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         return super(ModelParallelStrategy, self).load_checkpoint(checkpoint_path, weights_only=weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Before sharding in general; after it if a trainer runs again."""
         assert self.lightning_module is not None
         own = self.lightning_module.state_dict()
         values = {
