@@ -26,6 +26,7 @@ from vil_lightning.callbacks import LastCheckpoint, PredictionWriter, RunProgres
 from vil_lightning.checkpoint_io import AtomicCheckpointIO
 from vil_lightning.errors import ConfigError
 from vil_lightning.evaluation.command import main as evaluation_command
+from vil_lightning.methods.fully_sharded import FullyShardedStrategy, check_precision
 from vil_lightning.speed.command import main as speed_command
 
 LOG_ROOT = Path("logs")
@@ -93,6 +94,8 @@ class VilCLI(LightningCLI):
                 class_path="lightning.pytorch.loggers.TensorBoardLogger",
                 init_args=Namespace(save_dir=str(LOG_ROOT), name="", version=log_name, default_hp_metric=False),
             )
+        if getattr(config.trainer.strategy, "class_path", "").endswith(f".{FullyShardedStrategy.__name__}"):
+            check_precision(config.trainer.precision)
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(checkpoint_dir)
         if config.checkpoint.save_last not in (True, False, None):

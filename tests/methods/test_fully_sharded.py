@@ -111,22 +111,23 @@ def wholes(module: L.LightningModule) -> dict[str, Tensor]:
     return {name: full(value.detach()).clone() for name, value in module.state_dict().items()}
 
 
-def compare(cases: dict[str, Case], out: Path) -> None:
-    """Train every case with DDP and sharded; process 0 saves both results and what has been logged."""
-    torch.set_num_threads(1)
+def compare(cases: dict[str, Case], out: Path, world_size: int = 2, accelerator: str = "cpu") -> None:
+    """Train every case with whole networks and sharded; process 0 saves both results and what has been logged."""
     for name, (make, data, settings) in cases.items():
         results: dict[str, Any] = {}
-        for kind in ("ddp", "sharded"):
+        for kind in ("whole", "sharded"):
             module = make(out)
-            strategy = FullyShardedStrategy() if kind == "sharded" else "ddp"
-            fit = trainer(out, **{"max_steps": STEPS, "max_epochs": 1, "devices": 2, **settings}, strategy=strategy)
-            fit.fit(module, datamodule=data(GLOBAL_BATCH // 2))
+            whole = "ddp" if world_size > 1 else "auto"
+            settings = {"max_steps": STEPS, "max_epochs": 1, "accelerator": accelerator, **settings}
+            strategy = FullyShardedStrategy() if kind == "sharded" else whole
+            fit = trainer(out, devices=world_size, strategy=strategy, **settings)
+            fit.fit(module, datamodule=data(GLOBAL_BATCH // world_size))
             assert is_sharded(module) == (kind == "sharded")
             if kind == "sharded":
                 parts = list(module.parameters())
                 assert all(isinstance(parameter, DTensor) for parameter in parts)
                 kept = sum(parameter.to_local().numel() for parameter in parts)
-                assert 0.4 < kept / sum(parameter.numel() for parameter in parts) < 0.6
+                assert kept / sum(parameter.numel() for parameter in parts) == pytest.approx(1 / world_size, rel=0.2)
                 for states in fit.optimizers[0].state.values():
                     assert all(isinstance(value, DTensor) for key, value in states.items() if key != "step")
             logged = {key: float(value) for key, value in fit.callback_metrics.items()}
@@ -136,41 +137,82 @@ def compare(cases: dict[str, Case], out: Path) -> None:
 
 
 def quick(world_size: int, out: Path) -> None:
+    """All that the quick tests need of two processes, since starting them takes longer than running them."""
+    torch.set_num_threads(1)
     compare(QUICK, out)
+    save_and_resume(out)
+    look(out)
+
+
+ON_GPUS: dict[str, Case] = {
+    **QUICK,
+    "bf16": (lambda _: dino(lr_warmup=0), digits, {"precision": "bf16-mixed"}),
+}
+
+
+def on_gpus(world_size: int, out: Path) -> None:
+    compare(ON_GPUS, out, accelerator="gpu")
 
 
 def slow(world_size: int, out: Path) -> None:
+    torch.set_num_threads(1)
     compare(SLOW, out)
 
 
 def check_equal(out: Path, cases: dict[str, Case]) -> None:
     for name, (make, _, settings) in cases.items():
         results = torch.load(out / f"{name}.pt", weights_only=True)
-        ddp, sharded = results["ddp"], results["sharded"]
+        whole, sharded = results["whole"], results["sharded"]
         loose = settings.get("precision") == "bf16-true"  # a last bit is 1/256
         rtol, atol = (0.02, 0.01) if loose else (1e-4, 2e-5)
-        assert ddp["state"].keys() == sharded["state"].keys()
-        for key, expected in ddp["state"].items():
+        assert whole["state"].keys() == sharded["state"].keys()
+        for key, expected in whole["state"].items():
             torch.testing.assert_close(sharded["state"][key], expected, rtol=rtol, atol=atol, msg=f"{name}: {key}")
-        assert ddp["logged"].keys() == sharded["logged"].keys()
-        assert {"train/loss", "train/grad_norm"} <= ddp["logged"].keys()
-        for key, value in ddp["logged"].items():
+        assert whole["logged"].keys() == sharded["logged"].keys()
+        assert {"train/loss", "train/grad_norm"} <= whole["logged"].keys()
+        for key, value in whole["logged"].items():
             if "per_second" not in key:
                 assert sharded["logged"][key] == pytest.approx(value, rel=0.02 if loose else 1e-4, abs=1e-6), (
                     name,
                     key,
                 )
         if hasattr(start := make(out), "backbone") or hasattr(start, "student"):  # Supervised builds its own later
-            moved = max(float((ddp["state"][k].float() - v.float()).abs().max()) for k, v in start.state_dict().items())
+            moved = max(
+                float((whole["state"][k].float() - v.float()).abs().max()) for k, v in start.state_dict().items()
+            )
             assert moved > 1e-3, name  # far more than what is tolerated above
 
 
-@pytest.mark.timeout(180)
-def test_sharded__trains_what_ddp_trains(tmp_path: Path) -> None:
-    write_teacher(tmp_path, "vil")
-    results = run_in_two_processes(__file__, "quick", tmp_path)
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two processes, after one, have left what they have trained, saved and seen."""
+    folder = tmp_path_factory.mktemp("two")
+    for name in MODELS:
+        _, module = run(name, folder / f"{name} one", 1)
+        torch.save(state(module), folder / f"{name} one.pt")
+    results = run_in_two_processes(__file__, "quick", folder, timeout=200)
     assert [code for code, _ in results] == [0, 0], "\n".join(error for _, error in results)
+    return folder
+
+
+@pytest.mark.timeout(240)
+def test_sharded__trains_what_ddp_trains(two: Path) -> None:
+    check_equal(two, QUICK)
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_sharded__on_one_device_trains_the_same(accelerator: str, alone: None, tmp_path: Path) -> None:
+    compare(QUICK, tmp_path, world_size=1, accelerator=accelerator)
     check_equal(tmp_path, QUICK)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(240)
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_sharded__on_two_gpus_trains_what_ddp_trains(tmp_path: Path) -> None:
+    results = run_in_two_processes(__file__, "on_gpus", tmp_path, timeout=200)
+    assert [code for code, _ in results] == [0, 0], "\n".join(error for _, error in results)
+    check_equal(tmp_path, ON_GPUS)
 
 
 @pytest.mark.slow
@@ -203,6 +245,7 @@ def run(
     fit = trainer(
         folder,
         max_epochs=1,
+        limit_val_batches=1.0,
         enable_checkpointing=True,
         callbacks=[checkpoints],
         plugins=[AtomicCheckpointIO()],
@@ -213,13 +256,17 @@ def run(
     return fit, module
 
 
-def in_two(world_size: int, out: Path) -> None:
+def save_and_resume(out: Path) -> None:
     """Straight through, and from the checkpoint of one process."""
-    torch.set_num_threads(1)
     for name in MODELS:
         run(name, out / f"{name} two", 2)
         _, module = run(name, out / f"{name} one then two", 2, out / f"{name} one" / f"step={SAVED_AT}.ckpt")
         torch.save(wholes(module), out / f"{name} one then two {torch.distributed.get_rank()}.pt")
+    # Scores of an earlier state, which is read into the slices that are there.
+    fit, module = run("supervised", out / "scored", 2)
+    path = out / "supervised two" / f"step={SAVED_AT}.ckpt"
+    (scores,) = fit.validate(module, pictures(GLOBAL_BATCH // 2), ckpt_path=path, weights_only=True)
+    torch.save(scores, out / "scores.pt")
 
 
 def close(actual: Any, expected: Any, where: str) -> None:
@@ -240,40 +287,46 @@ def close(actual: Any, expected: Any, where: str) -> None:
         assert actual == expected, where
 
 
-@pytest.mark.timeout(180)
-def test_checkpoint__is_that_of_one_process_and_goes_both_ways(tmp_path: Path) -> None:
-    ends = {name: run(name, tmp_path / f"{name} one", 1)[1] for name in MODELS}
-    results = run_in_two_processes(__file__, "in_two", tmp_path)
-    assert [code for code, _ in results] == [0, 0], "\n".join(error for _, error in results)
-    for name, module in ends.items():
-        folder = tmp_path / f"{name} two"
+@pytest.mark.timeout(240)
+def test_checkpoint__is_that_of_one_process_and_goes_both_ways(two: Path, tmp_path: Path) -> None:
+    for name in MODELS:
+        end, folder = torch.load(two / f"{name} one.pt", weights_only=True), two / f"{name} two"
         assert sorted(path.name for path in folder.iterdir()) == [f"step={SAVED_AT}.ckpt", f"step={END}.ckpt"]  # files
         for step in (SAVED_AT, END):
-            one, two = (read_file(tmp_path / f"{name} {kind}" / f"step={step}.ckpt") for kind in ("one", "two"))
+            of_one, of_two = (read_file(two / f"{name} {kind}" / f"step={step}.ckpt") for kind in ("one", "two"))
             for key in ("state_dict", "optimizer_states", "backbone", "global_step", "epoch", "lr_schedulers"):
-                close(two[key], one[key], f"{name} step {step} {key}")
-            assert two.keys() == one.keys()
+                close(of_two[key], of_one[key], f"{name} step {step} {key}")
+            assert of_two.keys() == of_one.keys()
         # One process continues what two have begun, and two what one has begun.
         _, resumed = run(name, tmp_path / f"{name} two then one", 1, folder / f"step={SAVED_AT}.ckpt")
-        close(state(resumed), state(module), f"{name} two then one")
+        close(state(resumed), end, f"{name} two then one")
         for rank in range(2):
-            other_way = torch.load(tmp_path / f"{name} one then two {rank}.pt", weights_only=True)
-            close(other_way, state(module), f"{name} one then two")
+            other_way = torch.load(two / f"{name} one then two {rank}.pt", weights_only=True)
+            close(other_way, end, f"{name} one then two")
         # As weights for another recipe.
         config = resolve_backbone(BackboneConfig(None, str(folder / f"step={END}.ckpt")))
         network = build_backbone(config)
         source = {"dino": "teacher.backbone.", "supervised": "ema.module."}[name]
-        close(network.norm.weight.detach(), state(module)[source + "norm.weight"], name)
+        close(network.norm.weight.detach(), end[source + "norm.weight"], name)
         report = load_weights(network, folder / f"step={END}.ckpt", allow_missing=("head.", "fc_norm."))
         assert not report.missing
+
+
+@pytest.mark.timeout(240)
+def test_checkpoint__is_scored_by_a_trainer_that_has_sharded_its_network(two: Path) -> None:
+    path = two / "supervised one" / f"step={SAVED_AT}.ckpt"
+    fit = trainer(limit_val_batches=1.0)
+    (scores,) = fit.validate(scored(), pictures(GLOBAL_BATCH), ckpt_path=path, weights_only=True)
+    of_two = torch.load(two / "scores.pt", weights_only=True)
+    assert {"val/loss", "val/ema_acc1"} <= scores.keys()
+    assert of_two == {key: pytest.approx(value, rel=1e-4) for key, value in scores.items()}
 
 
 # --- looking at a sharded network -------------------------------------------------------------------------------------
 
 
-def look(world_size: int, out: Path) -> None:
+def look(out: Path) -> None:
     """All callbacks that run the network, of which some do so on the first process only if it has all of it."""
-    torch.set_num_threads(1)
     for name, make, data, watch in (
         ("dino", lambda: dino(lr_warmup=0), digits, lambda: [*observers(), OnlineKNN(k=5), ScanPictures()]),
         ("mae", mae, pictures, lambda: [ReconstructionPictures()]),
@@ -288,20 +341,16 @@ def look(world_size: int, out: Path) -> None:
                 torch.save(seen, out / f"{name} {kind}.pt")
 
 
-@pytest.mark.timeout(180)
-def test_callbacks__see_a_sharded_network_as_they_see_a_whole_one(tmp_path: Path) -> None:
-    results = run_in_two_processes(__file__, "look", tmp_path)
-    assert [code for code, _ in results] == [0, 0], "\n".join(error for _, error in results)
+@pytest.mark.timeout(240)
+def test_callbacks__see_a_sharded_network_as_they_see_a_whole_one(two: Path) -> None:
     wanted = {"dino": {"scans/gates", "pca/patches"}, "mae": {"reconstruction/image, seen, predicted"}}
     for name in wanted:
-        of_whole, of_sharded = (
-            torch.load(tmp_path / f"{name} {kind}.pt", weights_only=True) for kind in ("ddp", "sharded")
-        )
+        of_whole, of_sharded = (torch.load(two / f"{name} {kind}.pt", weights_only=True) for kind in ("ddp", "sharded"))
         assert of_whole.keys() == of_sharded.keys()
         for key, value in of_whole.items():
             if "per_second" not in key:
                 assert of_sharded[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
-        tags = [pictures_in(tmp_path / f"{name} {kind}") for kind in ("ddp", "sharded")]
+        tags = [pictures_in(two / f"{name} {kind}") for kind in ("ddp", "sharded")]
         assert tags[0] == tags[1]
         assert wanted[name] & tags[0], tags[0]
 

@@ -133,6 +133,19 @@ class FullyShardedStrategy(ModelParallelStrategy):
             _optimizer_to_device(optimizer, self.root_device)
 
 
+def check_precision(precision: Any) -> None:
+    """Refuse what Lightning's strategy refuses in other words, and float16, which would not be scaled.
+
+    Raises:
+        ConfigError: Naming what can be used.
+    """
+    if precision not in (None, 32, "32", "32-true", "bf16", "bf16-mixed", "bf16-true"):
+        raise ConfigError(
+            f"trainer.precision={precision} cannot be used with trainer.strategy=FullyShardedStrategy. Set it to 32-true, "
+            "bf16-mixed or bf16-true."
+        )
+
+
 def refuse_sharding(trainer: L.Trainer, method: str, reason: str, strategy: str) -> None:
     """In the `setup` of a method that cannot be sharded.
 
