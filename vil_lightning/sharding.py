@@ -31,9 +31,14 @@ def shard(root: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
     within `gathered`.
     """
     blocks = [
-        block for name, part in root.named_modules() if name.split(".")[-1] == "blocks" for block in part.children()
+        block
+        for name, part in root.named_modules()
+        if name.split(".")[-1] == "blocks"
+        for block in part.children()
+        if next(block.parameters(), None) is not None and not isinstance(block, nn.ModuleList | nn.ModuleDict)
     ]
-    for block in blocks:  # one at a time: a device never has to hold the whole network
+    # One at a time, so that a device never has to hold the whole network; blocks within blocks first, as torch asks for.
+    for block in reversed(blocks):
         _align(block.to(device), mesh)
         fully_shard(block, mesh=mesh)
     _align(root.to(device), mesh)

@@ -583,7 +583,7 @@ def test_overlay__adds_all_instruments_to_a_recipe() -> None:
 )
 def test_overlay__shards_any_recipe(recipe: str) -> None:
     device = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.num_nodes", "1"]
-    data = ["--data.root", "x"] if "imagenet" in recipe else []
+    data = ["--data.root", "."] if "imagenet" in recipe else []
     cli = build("--config", str(CONFIGS / recipe), "--config", str(CONFIGS / "trainer/fsdp.yaml"), *device, *data)
     assert isinstance(cli.trainer.strategy, FullyShardedStrategy)
     assert cli.run_name == Path(recipe).stem

@@ -49,11 +49,8 @@ from vil_lightning.schedules import Duration, linear_cosine
 from vil_lightning.sharding import local
 
 _BINARY = "binary_cross_entropy"
-_SHARDED_OPTIMIZERS = (
-    "adamw",
-    "lamb",
-    "sgd",
-)  # others look at more of a matrix than a slice, or keep states of other shapes
+# Others look at more of a matrix than a slice, keep states of other shapes, or have not been compared.
+_SHARDED_OPTIMIZERS = ("adamw", "lamb", "sgd")
 
 
 class Supervised(L.LightningModule):
