@@ -18,6 +18,7 @@ BUILDING_BLOCKS = {
     "schedules",
     "optim",
     "knn",
+    "sharding",
     "errors",
     "representation",
     "dense",

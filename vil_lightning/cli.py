@@ -29,6 +29,7 @@ from vil_lightning.callbacks import LastCheckpoint, PredictionWriter, RunProgres
 from vil_lightning.checkpoint_io import LAST, AtomicCheckpointIO, KeepPolicy, newest_good, remove_partial
 from vil_lightning.errors import ConfigError
 from vil_lightning.evaluation.command import main as evaluation_command
+from vil_lightning.methods.fully_sharded import FullyShardedStrategy, check_precision
 from vil_lightning.out_of_memory import describe, is_out_of_memory
 from vil_lightning.reliability import FaultPolicy, Preemption, StepGuard
 from vil_lightning.speed.command import main as speed_command
@@ -113,6 +114,8 @@ class VilCLI(LightningCLI):
                 class_path="lightning.pytorch.loggers.TensorBoardLogger",
                 init_args=Namespace(save_dir=str(LOG_ROOT), name="", version=log_name, default_hp_metric=False),
             )
+        if getattr(config.trainer.strategy, "class_path", "").endswith(f".{FullyShardedStrategy.__name__}"):
+            check_precision(config.trainer.precision)
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(checkpoint_dir)
         if config.checkpoint.save_last not in (True, False, None):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from shrunk import PRETRAIN, PROBE, Command
+from shrunk import CONFIGS, PRETRAIN, PROBE, Command
 from torchvision.io import write_png
 
 
@@ -41,6 +41,11 @@ def small(**kwargs: int) -> str:
         ),
         pytest.param(
             ["--model.backbone.kwargs", "{img_size: 16, wings: 2}"], ["model.backbone", "wings"], id="unknown_kwarg"
+        ),
+        pytest.param(
+            ["--config", str(CONFIGS / "trainer/fsdp.yaml"), "--trainer.precision", "16-mixed"],
+            ["trainer.precision=16-mixed", "FullyShardedStrategy", "bf16-mixed"],
+            id="precision_of_sharded_training",
         ),
         pytest.param(
             ["--data.train_transform.global_size", "20"],

@@ -20,8 +20,9 @@ from vil_lightning.data import Digits, TrainTransform
 from vil_lightning.evaluation.command import embed_parser, evaluate_parser
 from vil_lightning.methods import DINO, LinearProbe, Supervised
 from vil_lightning.methods.backbone import BackboneConfig
+from vil_lightning.methods.fully_sharded import FullyShardedStrategy
 
-OVERLAYS = sorted((CONFIGS / "overlays").glob("*.yaml"))
+OVERLAYS = sorted(path for folder in ("overlays", "trainer") for path in (CONFIGS / folder).glob("*.yaml"))
 SUITES = sorted(CONFIGS.glob("evaluate*.yaml"))  # of other commands
 EMBED = CONFIGS / "embed.yaml"
 RECIPES = sorted(set(CONFIGS.rglob("*.yaml")) - set(OVERLAYS) - {*SUITES, EMBED})
@@ -575,6 +576,17 @@ def test_overlay__adds_all_instruments_to_a_recipe() -> None:
             assert getattr(kinds[name], key) == value
     assert {"OnlineKNN", "ViewPictures", *(entry["class_path"].rsplit(".", 1)[1] for entry in wanted)} <= kinds.keys()
     assert cli.run_name == "pretrain_dino"
+
+
+@pytest.mark.parametrize(
+    "recipe", ["pretrain_dino.yaml", "train_supervised.yaml", "imagenet/pretrain_mae_vil2_base.yaml"]
+)
+def test_overlay__shards_any_recipe(recipe: str) -> None:
+    device = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.num_nodes", "1"]
+    data = ["--data.root", "."] if "imagenet" in recipe else []
+    cli = build("--config", str(CONFIGS / recipe), "--config", str(CONFIGS / "trainer/fsdp.yaml"), *device, *data)
+    assert isinstance(cli.trainer.strategy, FullyShardedStrategy)
+    assert cli.run_name == Path(recipe).stem
 
 
 # --- the recipes of `main.py evaluate` and `main.py embed` -----------------------------------------------------------

@@ -21,6 +21,7 @@ from vil_lightning.backbones.weights import (
 )
 from vil_lightning.errors import ConfigError
 from vil_lightning.methods.resuming import SETTINGS_KEY
+from vil_lightning.sharding import full
 
 CHECKPOINT_KEY = "backbone"  # what every method writes into its checkpoints: name and kwargs of its backbone
 CLASSES_KEY = "classes"  # what those with a classifier add: the names of its classes
@@ -217,7 +218,7 @@ def weights_hash(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(full(value.detach()).cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

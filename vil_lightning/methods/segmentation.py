@@ -31,6 +31,7 @@ from vil_lightning.methods.backbone import (
     resolve_backbone,
     weights_hash,
 )
+from vil_lightning.methods.fully_sharded import refuse_sharding
 from vil_lightning.methods.optimisation import Optimisation
 from vil_lightning.methods.optimisers import adamw
 from vil_lightning.methods.randomness import seed_step
@@ -168,6 +169,8 @@ class Segmentation(L.LightningModule):
             raise ConfigError(
                 "Segmentation writes no predictions. Use `validate` to score it; `forward` gives the logits."
             )
+        reason = "images differ in size and number of windows, so that processes would wait for one another"
+        refuse_sharding(self.trainer, "Segmentation", reason, "ddp")
 
     def configure_model(self) -> None:
         if hasattr(self, "decoder"):

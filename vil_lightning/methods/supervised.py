@@ -40,14 +40,18 @@ from vil_lightning.methods.backbone import (
 )
 from vil_lightning.methods.compiling import CompileMode, begin_step, check_compile, compile_network, resolve_mode
 from vil_lightning.methods.divergence import FiniteCheck
+from vil_lightning.methods.fully_sharded import refuse_sharding
 from vil_lightning.methods.optimisers import adamw, on_cpu, set_lr
 from vil_lightning.methods.randomness import seed_step
 from vil_lightning.methods.resuming import SETTINGS_KEY, check_settings, record_settings
 from vil_lightning.methods.run_length import global_batch_size, resolve_durations
 from vil_lightning.optim import clip_grad_per_tensor, layer_lr_scales, scale_lr, weight_decay_groups
 from vil_lightning.schedules import Duration, linear_cosine
+from vil_lightning.sharding import local
 
 _BINARY = "binary_cross_entropy"
+# Others look at more of a matrix than a slice, keep states of other shapes, or have not been compared.
+_SHARDED_OPTIMIZERS = ("adamw", "lamb", "sgd")
 
 
 class Supervised(L.LightningModule):
@@ -218,7 +222,7 @@ class Supervised(L.LightningModule):
             self.predict_per_class = self.predict_per_class or recorded_loss(self.backbone_config) == _BINARY
         self._freeze()
         if self.ema_decay is not None:
-            self.ema = ModelEmaV3(self.backbone, decay=self.ema_decay).requires_grad_(False)
+            self.ema = MovingAverage(self.backbone, decay=self.ema_decay).requires_grad_(False)
         compile_network(self.backbone, self.compile_mode)
         if self.ema is not None:
             compile_network(self.ema.module, self.compile_mode)
@@ -374,6 +378,9 @@ class Supervised(L.LightningModule):
         )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.optimizer not in _SHARDED_OPTIMIZERS:
+            reason = f"of timm's optimisers only {', '.join(_SHARDED_OPTIMIZERS)} are known to train the same on slices"
+            refuse_sharding(self.trainer, f"model.optimizer={self.optimizer}", reason, "ddp")
         durations = {"lr_warmup": self.lr_warmup, "head_only": self.head_only}
         self.schedule_steps = resolve_durations(self.trainer, durations)
         head = [p for name, p in self.backbone.named_parameters() if name.startswith(self._head_names())]
@@ -537,6 +544,20 @@ class Supervised(L.LightningModule):
                 f"ckpt_path: {name} is {shape} in the checkpoint, but {tuple(self.state_dict()[name].shape)} here. --ckpt_path "
                 "continues a run; to start a new one from its weights use --model.backbone.weights (and model.new_head)."
             )
+
+
+class MovingAverage(ModelEmaV3):
+    """timm's, which also works slice by slice if network and average are sharded."""
+
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        averages, values = [], []
+        for average, value in zip(self.module.state_dict().values(), model.state_dict().values(), strict=True):
+            if average.is_floating_point():
+                averages.append(local(average))
+                values.append(local(value))
+            else:
+                average.copy_(value)
+        self._foreach_lerp_(averages, values, weight=1.0 - decay)
 
 
 def _check_ranges(
