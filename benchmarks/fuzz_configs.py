@@ -45,7 +45,7 @@ import numpy as np
 import timm
 import torch
 import torchvision.datasets
-import yaml
+import yaml  # type: ignore[import-untyped]
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -67,7 +67,9 @@ LINES = 40  # of a message: a screen
 
 CLASSES = {
     "methods": vil_lightning.methods.__all__,
-    "data": [name for name in vil_lightning.data.__all__ if not name.endswith(("Transform", "Crop", "ImageDataModule"))],
+    "data": [
+        name for name in vil_lightning.data.__all__ if not name.endswith(("Transform", "Crop", "ImageDataModule"))
+    ],
     "transforms": ["MultiCrop", "TrainTransform", "SegmentationTransform"],
     "callbacks": vil_lightning.callbacks.__all__,
     "evaluation": [name for name in vil_lightning.evaluation.__all__ if name not in ("Task",)],
@@ -150,9 +152,7 @@ def _shrink_section(node: Any) -> None:
             node[key] = copy.copy(_SMALL[key])
         elif key in _SIDES:
             node[key] = copy.copy(_SIDES[key])
-        elif key == "img_size" and value != 32:
-            node[key] = 16
-        elif key == "eval_batch_size":
+        elif (key == "img_size" and value != 32) or key == "eval_batch_size":
             node[key] = 16
         elif key == "stride":  # of a sliding window
             node[key] = 12
@@ -200,9 +200,15 @@ def small_files(folder: Path, recipes: dict[Path, dict[str, Any]]) -> None:
         mask = np.where(np.asarray(picture)[..., 0] > 100, digits.target[i] + 1, 1).astype(np.uint8)
         (folder / f"masks/annotations/{part}").mkdir(parents=True, exist_ok=True)
         Image.fromarray(mask).save(folder / f"masks/annotations/{part}/{i}.png")
-    names = {path.stem: recipe["model"]["init_args"]["backbone"] for path, recipe in recipes.items() if "model" in recipe}
+    names = {
+        path.stem: recipe["model"]["init_args"]["backbone"] for path, recipe in recipes.items() if "model" in recipe
+    }
     names["teacher"] = {"name": "vit_base_patch14_reg4_dinov2.lvd142m"}
-    wanted = {"pretrain_dino", "teacher", *re.findall(r"checkpoints/(\w+)/last", yaml.safe_dump(list(recipes.values())))}
+    wanted = {
+        "pretrain_dino",
+        "teacher",
+        *re.findall(r"checkpoints/(\w+)/last", yaml.safe_dump(list(recipes.values()))),
+    }
     for run in sorted(wanted):
         backbone = names[run]
         while backbone.get("name") is None:  # the name is in the checkpoint that this run started from
@@ -283,6 +289,8 @@ def make_mistake(
     kind = rng.choice(kinds + ["other class"] * 3 + ["other section"] * 2)
     present = [path for path in paths(shipped) if _exists(recipe, path)]
     leaves = [path for path in present if not isinstance(at(recipe, path), dict | list)]
+    # Without a size, 224 px would be cut into patches of 4 px: right, but minutes long with a scan token by token.
+    scans = "vim" in str(recipe.get("model", {}))
     if kind == "other class":
         places = [path for path in present if path[-1] == "class_path"]
         if not places:
@@ -301,10 +309,12 @@ def make_mistake(
         at(recipe, path)[UNKNOWN] = 2
         return Mistake(kind, dotted((*path, UNKNOWN)), f"{dotted_full((*path, UNKNOWN))}: 2", [UNKNOWN])
     if kind == "deleted key":
-        path = rng.choice([path for path in present if isinstance(path[-1], str)])
+        path = rng.choice([p for p in present if isinstance(p[-1], str) and not (scans and p[-1] == "img_size")])
         old = at(recipe, path)
         del at(recipe, path[:-1])[path[-1]]
-        return Mistake(kind, dotted(path), f"{dotted_full(path)}: {short(old)} deleted", names_of(path))
+        return Mistake(
+            kind, dotted(path), f"{dotted_full(path)}: {short(old)} deleted", names_of(path) + inner_names(old)
+        )
     if kind == "other class":
         path = rng.choice(places)
         old = at(recipe, path)
@@ -416,8 +426,10 @@ def judge(outcome: Outcome, mistakes: list[Mistake]) -> str:
     if outcome.worked:
         return "late"
     message = outcome.err[starts[0] :]
+    # jsonargparse shows whole sections at the end, in which any key can be found.
+    said = re.sub(r"^\s*(Given value|Subtypes|- Expected a path but)\b.*$", "", message, flags=re.MULTILINE)
     names = {name for mistake in mistakes for name in mistake.names}
-    if not any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", message) for name in names if name):
+    if not any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", said) for name in names if name):
         return "keyless"
     usage = outcome.err[outcome.err.find("usage: ") : starts[0]] if "usage: " in outcome.err else ""
     return "page" if len((usage + message).splitlines()) > LINES else "clear error"
@@ -447,13 +459,22 @@ class _FakeCIFAR:
         self.targets = [i % 10 for i in range(100)]
 
 
+_connect = socket.socket.connect
+
+
 def _refuse(*_: Any) -> None:
     raise OSError("the network is closed")
 
 
+def _connect_locally(self: socket.socket, address: Any) -> None:
+    if self.family != socket.AF_UNIX:  # how worker processes share memory
+        _refuse()
+    _connect(self, address)
+
+
 def _execute(case: Case, folder: Path, outcome: Outcome) -> None:
     """In a process of its own: close the network, watch, run the command."""
-    socket.socket.connect = _refuse  # type: ignore[method-assign,assignment]
+    socket.socket.connect = _connect_locally  # type: ignore[method-assign,assignment]
     socket.getaddrinfo = _refuse  # type: ignore[assignment]
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", COLUMNS="120")
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -601,9 +622,17 @@ def report(results: list[tuple[Case, Outcome, str]], seed: int, seconds: float, 
         own = collections.Counter(v for case, _, v in results if any(m.kind == kind for m in case.mistakes))
         failures = sum(own.values()) - sum(own[name] for name in PASSED)
         lines.append(f"| {kind} | {own[PASSED[0]]} | {own[PASSED[1]]} | {failures} |")
+    ran = sorted(
+        f"`{mistake.text}`"
+        for case, _, verdict in results
+        if verdict == PASSED[0] and len(case.mistakes) == 1
+        for mistake in case.mistakes
+        if mistake.kind in ("out of range", "wrong type")
+    )
+    lines += ["", "Values that were accepted: " + ("; ".join(dict.fromkeys(ran)) or "none") + "."]
     lines += ["", "## Failures", ""]
-    failures = [describe(c, o, v, seed) for c, o, v in sorted(results, key=lambda r: r[0].number) if v not in PASSED]
-    return "\n".join([*lines, *(failures or ["None."])]) + "\n"
+    described = [describe(c, o, v, seed) for c, o, v in sorted(results, key=lambda r: r[0].number) if v not in PASSED]
+    return "\n".join([*lines, *(described or ["None."])]) + "\n"
 
 
 def processor() -> str:
@@ -631,7 +660,8 @@ def main() -> None:
         if args.unchanged:
             plain = enumerate(recipes.items())
             cases = (
-                Case(i, path.relative_to(CONFIGS).as_posix(), [], shrink(own), command_of(path, own)) for i, (path, own) in plain
+                Case(i, path.relative_to(CONFIGS).as_posix(), [], shrink(own), command_of(path, own))
+                for i, (path, own) in plain
             )
         else:
             numbers = range(args.count) if args.case is None else [args.case]

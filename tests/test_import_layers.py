@@ -19,6 +19,7 @@ BUILDING_BLOCKS = {
     "optim",
     "knn",
     "errors",
+    "checks",
     "representation",
     "dense",
     "upernet",

@@ -24,6 +24,7 @@ import vil_lightning.methods  # noqa: F401 - makes the short class names known
 from vil_lightning.backbones.weights import WeightsError, read_file
 from vil_lightning.callbacks import LastCheckpoint, PredictionWriter, RunProgressBar, RunSummary, Throughput
 from vil_lightning.checkpoint_io import AtomicCheckpointIO
+from vil_lightning.checks import check_sections, check_values
 from vil_lightning.errors import ConfigError
 from vil_lightning.evaluation.command import main as evaluation_command
 from vil_lightning.speed.command import main as speed_command
@@ -82,8 +83,18 @@ class VilCLI(LightningCLI):
             check_resumable(path, training=self.config.subcommand == "fit")
         super()._parse_ckpt_path()
 
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise ConfigError(f"seed_everything: {error}.") from error
+
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand] if self.subcommand else self.config
+        for key in ("trainer", "checkpoint", "predictions"):
+            if not isinstance(config[key], Namespace):
+                raise ConfigError(f"{key}={config[key]!r} must be a section of settings, `key: value`.")
+        check_values({key: config[key] for key in ("trainer", "checkpoint", "model", "data")})
         self.run_name = run_name_of(config)
         # Scores and predictions of a run get a folder of their own: they must not change the run's curves or config.yaml.
         log_name = self.run_name if self.subcommand in (None, "fit") else f"{self.run_name}_{self.subcommand}"
@@ -109,6 +120,12 @@ class VilCLI(LightningCLI):
             # Every process refuses, so that none waits for the others; one deletes.
             paths = claim_run(Path(config.checkpoint.dirpath), log_dir, config.get("ckpt_path"), config.overwrite)
             self.to_delete = paths if getattr(rank_zero_only, "rank", 0) == 0 else []
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (RuntimeError, TypeError, ValueError) as error:  # of Lightning, which says which argument it means
+            raise find_repairable(error) or ConfigError(f"trainer: {error}") from error
 
     def before_fit(self) -> None:
         strategy = self.trainer.strategy
@@ -243,6 +260,11 @@ def build_cli(args: list[str] | None = None, run: bool = True) -> VilCLI:
             "callbacks": [RunProgressBar(), Throughput(), RunSummary()],
             "enable_model_summary": False,
         },
+        # All options would be two pages above the message of an error; --help explains them.
+        parser_kwargs={
+            name: {"usage": f"main.py {name} [--config FILE] [--KEY VALUE ...] [--help]"}
+            for name in ("fit", "validate", "test", "predict")
+        },
         args=args,
         run=run,
     )
@@ -275,6 +297,7 @@ def main(args: list[str] | None = None) -> None:
     if words and words[0] == "speed":
         return speed_command(words[1:])
     try:
+        check_sections(words)
         build_cli(args)
     except (ValueError, MisconfigurationException) as error:
         repairable = find_repairable(error)

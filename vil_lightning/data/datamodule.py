@@ -106,6 +106,8 @@ class ImageDataModule(L.LightningDataModule):
             raise ConfigError(
                 f"data.worker_timeout={worker_timeout} and data.num_workers={num_workers} must not be negative."
             )
+        if min(std) <= 0:
+            raise ConfigError(f"data.std={tuple(std)} must be positive.")
         self.img_size = img_size
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
