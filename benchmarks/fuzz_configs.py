@@ -37,7 +37,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ import vil_lightning.cli
 import vil_lightning.data
 import vil_lightning.evaluation
 import vil_lightning.methods
-from vil_lightning.evaluation.subject import Subject
+from vil_lightning.evaluation import features as extraction
 from vil_lightning.methods.backbone import CHECKPOINT_KEY
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -260,14 +260,18 @@ def at(node: Any, path: Keys) -> Any:
 
 def dotted(path: Keys) -> str:
     """As on the command line: `data.train_transform.scale`, without `init_args` and numbers of list items."""
-    return ".".join(str(key) for key in path if key not in ("init_args", "class_path") and not isinstance(key, int))
+    return ".".join(
+        str(key).removesuffix("+")
+        for key in path
+        if key not in ("init_args", "class_path") and not isinstance(key, int)
+    )
 
 
 def names_of(path: Keys) -> list[str]:
     """What a message may call the key: its dotted path, its last part, and `class_path` or `init_args` where it is one."""
-    known = [str(key) for key in path if not isinstance(key, int)]
-    last = dotted(path).split(".")[-1]
-    return sorted({dotted(path), last, known[-1]})
+    known = [str(key).removesuffix("+") for key in path if not isinstance(key, int)]
+    whole = dotted(path)
+    return sorted({whole, whole.split(".")[-1], known[-1]})
 
 
 def inner_names(value: Any) -> list[str]:
@@ -446,6 +450,14 @@ class _Watch(vil_lightning.cli.L.Callback):
         self.outcome.finite = all(bool(torch.isfinite(p).all()) for p in pl_module.parameters())
 
 
+def _watched(function: Callable[..., Any], outcome: Outcome) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        outcome.worked = True
+        return function(*args, **kwargs)
+
+    return call
+
+
 class _FakeCIFAR:
     """In the place of torchvision's classes, whose archives are to be downloaded."""
 
@@ -487,13 +499,8 @@ def _execute(case: Case, folder: Path, outcome: Outcome) -> None:
             self.trainer.callbacks.append(_Watch(outcome))  # type: ignore[attr-defined]
 
     vil_lightning.cli.VilCLI = WatchedCLI  # type: ignore[misc]
-    features = Subject.features
-
-    def watched_features(*args: Any, **kwargs: Any) -> Any:
-        outcome.worked = True
-        return features(*args, **kwargs)
-
-    Subject.features = watched_features  # type: ignore[method-assign]
+    for name in ("_compute_in_memory", "_compute_on_disk"):
+        setattr(extraction, name, _watched(getattr(extraction, name), outcome))
     os.chdir(folder)
     sys.argv = ["main.py"]
     vil_lightning.cli.main(case.args)

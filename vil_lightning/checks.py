@@ -6,11 +6,10 @@ import pkgutil
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+from jsonargparse import get_loader
 
 from vil_lightning.errors import ConfigError
 
@@ -35,9 +34,14 @@ def check_not_negative(section: str, **values: Number) -> None:
     _check(section, values, lambda value: value >= 0, "must not be negative")
 
 
-def check_at_least_one(section: str, **values: Number) -> None:
-    """At least 1: counts and sizes."""
-    _check(section, values, lambda value: value >= 1, "must be at least 1")
+def check_sizes(section: str, largest: int = 2**20, **values: Number) -> None:
+    """From 1 to `largest`: widths and numbers of parts, of which no network can have a thousand million."""
+    _check(section, values, lambda value: 1 <= value <= largest, f"must be between 1 and {largest}")
+
+
+def check_image_sizes(section: str, **values: Number) -> None:
+    """From 1 to 16,384 px."""
+    check_sizes(section, 2**14, **values)
 
 
 def check_shares(section: str, **values: Number) -> None:
@@ -55,22 +59,6 @@ def _check(section: str, values: Mapping[str, Number], allowed: Callable[[Any], 
     for name, value in values.items():
         if value is not None and not allowed(value):
             raise ConfigError(f"{section}.{name}={value} {text}.")
-
-
-@contextmanager
-def building(section: str, **sizes: Any) -> Iterator[None]:
-    """Turn what goes wrong with absurd sizes (no memory, more elements than can be counted) into an error that names them."""
-    try:
-        yield
-    except (MemoryError, OverflowError, TypeError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | OverflowError) and not _about_size(str(error)):
-            raise
-        given = ", ".join(f"{section}.{name}={value}" for name, value in sizes.items())
-        raise ConfigError(f"{given}: what is to be built does not fit into the memory of this machine.") from error
-
-
-def _about_size(message: str) -> bool:
-    return any(part in message for part in ("memory", "Overflow", "overflow", "too large", "Storage size"))
 
 
 # --- a whole configuration --------------------------------------------------------------------------------------------
@@ -109,12 +97,12 @@ def check_sections(args: Sequence[str]) -> None:
             continue
         path = attached or value
         try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            content = get_loader("yaml")(Path(path).read_text(encoding="utf-8"))
+        except Exception:  # not there, or no YAML
             continue
         for key, unknown in _beside_class_path(content, ""):
             raise ConfigError(
-                f"{path}: {key}{unknown} is not known. Beside class_path there can only be init_args, which holds the arguments."
+                f"{path}: {key}{unknown} is not known. Arguments of a class belong into init_args, beside its class_path."
             )
 
 
@@ -161,7 +149,7 @@ def argument_types(cls: type) -> dict[str, Any]:
     for base in cls.__mro__:
         if "__init__" in vars(base):
             try:
-                own = typing.get_type_hints(base.__init__)
+                own = typing.get_type_hints(vars(base)["__init__"])
             except (NameError, TypeError):  # annotations that are not there at run time
                 continue
             hints = {**own, **hints}

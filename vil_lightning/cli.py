@@ -139,13 +139,22 @@ class VilCLI(LightningCLI):
                 callback.hyper_parameters = flatten(self.config["fit"], keys=("model", "data", "seed_everything"))
 
     def before_validate(self) -> None:
+        self._check_has("validation_step")
         self._check_trained()
 
     def before_test(self) -> None:
+        self._check_has("test_step")
         self._check_trained()
 
     def before_predict(self) -> None:
         self._check_trained()
+
+    def _check_has(self, step: str) -> None:
+        if getattr(type(self.model), step) is getattr(L.LightningModule, step):
+            raise ConfigError(
+                f"model.class_path={type(self.model).__name__} has no {step}, so `{self.subcommand}` cannot score it. Name "
+                "another model, or use `main.py evaluate`, which scores the network of any run."
+            )
 
     def _check_trained(self) -> None:
         if hasattr(self.model, "check_trained"):

@@ -18,7 +18,7 @@ from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from vil_lightning.checks import check_not_negative, check_shares
+from vil_lightning.checks import check_image_sizes, check_not_negative, check_shares
 from vil_lightning.data.crops import (
     SIMPLE_CROP_PADDING,
     Rng,
@@ -133,6 +133,7 @@ class MultiCrop(TrainingTransform):
                 f"data.train_transform.num_local_views={num_local_views} must not be negative, global_size={global_size} and "
                 f"local_size={local_size} must be at least 1 px."
             )
+        check_image_sizes("data.train_transform", global_size=global_size, local_size=local_size)
         if num_local_views and local_size > global_size:
             raise ConfigError(
                 f"data.train_transform.local_size={local_size} must not exceed global_size={global_size}."
@@ -235,6 +236,7 @@ class TrainTransform(TrainingTransform):
             raise ConfigError(
                 f"data.train_transform.img_size={img_size} must be at least {smallest} with crop={crop!r}."
             )
+        check_image_sizes("data.train_transform", img_size=img_size)
         _check_scale("scale", scale)
         _check_ratio(ratio)
         _check_color_jitter(color_jitter)

@@ -24,6 +24,7 @@ from vil_lightning.methods.resuming import SETTINGS_KEY
 
 CHECKPOINT_KEY = "backbone"  # what every method writes into its checkpoints: name and kwargs of its backbone
 CLASSES_KEY = "classes"  # what those with a classifier add: the names of its classes
+_DEEPEST = 10_000  # more blocks than a machine can build in a minute
 _PRETRAINED_KWARGS = (
     "pretrained",
     "pretrained_cfg",
@@ -129,6 +130,8 @@ def build_backbone(
             "timm.list_models() names all of them; ViL models start with 'vil'."
         )
     kwargs = config.kwargs
+    if isinstance(depth := kwargs.get("depth"), int | float) and depth > _DEEPEST:
+        raise ConfigError(f"model.backbone.kwargs.depth={depth} must be at most {_DEEPEST}.")
     if kwargs.get("pretrained") and num_classes and not new_head:
         own = getattr(get_pretrained_cfg(name), "num_classes", num_classes)
         if own != num_classes:
