@@ -135,7 +135,7 @@ def test_layer_decay__every_parameter_once_and_scales_rise_towards_the_head(netw
 
 @settings(max_examples=10)
 @given(networks())
-def test_load_weights__round_trip_of_any_network(network: Network, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_load_weights__round_trip_of_any_network(tmp_path_factory: pytest.TempPathFactory, network: Network) -> None:
     model = network.build()
     with torch.no_grad():
         for parameter in model.parameters():
