@@ -36,7 +36,8 @@ def check_not_negative(section: str, **values: Number) -> None:
 
 def check_sizes(section: str, largest: int = 2**20, **values: Number) -> None:
     """From 1 to `largest`: widths and numbers of parts, of which no network can have a thousand million."""
-    _check(section, values, lambda value: 1 <= value <= largest, f"must be between 1 and {largest}")
+    _check(section, values, lambda value: value >= 1, "must be at least 1")
+    _check(section, values, lambda value: value <= largest, f"must be at most {largest}")
 
 
 def check_image_sizes(section: str, **values: Number) -> None:
@@ -128,7 +129,7 @@ def _settings(node: Any, key: str) -> Iterator[tuple[str, Any]]:
             given = vars(arguments) if hasattr(arguments, "__dict__") else arguments
             for name, value in given.items():
                 here = f"{key}.{name}" if key else str(name)
-                if dataclasses.is_dataclass(hints.get(name)) and isinstance(value, str | float | bool | list):
+                if dataclasses.is_dataclass(hints.get(name)) and isinstance(value, str | float | int | list):
                     raise ConfigError(f"{here}={value!r} must be a section of settings, `key: value`.")
                 if value is None and name in hints and not _takes_none(hints[name]):
                     yield here, _NEEDED

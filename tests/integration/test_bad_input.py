@@ -93,7 +93,7 @@ def small(**kwargs: int) -> str:
         pytest.param(
             ["--model.head_hidden_dim", "1000000000"], ["model.head_hidden_dim", "1048576"], id="absurd_width"
         ),
-        pytest.param(["--model.num_prototypes", "0"], ["model.num_prototypes=0", "between 1"], id="no_prototypes"),
+        pytest.param(["--model.num_prototypes", "0"], ["model.num_prototypes=0", "at least 1"], id="no_prototypes"),
         pytest.param(
             ["--model.backbone.kwargs", "{depth: 1000000000}"],
             ["model.backbone.kwargs.depth", "10000"],

@@ -132,6 +132,9 @@ def build_backbone(
     kwargs = config.kwargs
     if isinstance(depth := kwargs.get("depth"), int | float) and depth > _DEEPEST:
         raise ConfigError(f"model.backbone.kwargs.depth={depth} must be at most {_DEEPEST}.")
+    for key in ("drop_rate", "drop_path_rate"):  # which timm's models take as they come, up to the first batch
+        if isinstance(rate := kwargs.get(key), int | float) and not 0 <= rate < 1:
+            raise ConfigError(f"model.backbone.kwargs.{key}={rate} must be in [0, 1).")
     if kwargs.get("pretrained") and num_classes and not new_head:
         own = getattr(get_pretrained_cfg(name), "num_classes", num_classes)
         if own != num_classes:
