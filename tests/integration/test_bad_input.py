@@ -99,6 +99,14 @@ def small(**kwargs: int) -> str:
             ["model.backbone.kwargs.depth", "10000"],
             id="absurd_depth",
         ),
+        pytest.param(
+            [
+                *("--model.backbone.name", "vit_tiny_patch16_224"),
+                *("--model.backbone.kwargs", "{img_size: 16, patch_size: 8, drop_path_rate: 3}"),
+            ],
+            ["model.backbone.kwargs.drop_path_rate=3", "[0, 1)"],
+            id="drop_path_of_another_library",
+        ),
         pytest.param(["--data.num_workers", "1000000000"], ["data.num_workers", "512"], id="too_many_workers"),
         pytest.param(["--data.img_size", "1000000000"], ["data.img_size", "16384"], id="absurd_image"),
         pytest.param(["--data.std", "[0.3, 0, 0.3]"], ["data.std", "positive"], id="deviation_of_zero"),
@@ -148,6 +156,7 @@ def test_bad_input__training_without_views(command: Command) -> None:
         ),
         ("checkpoint: [many]", ["checkpoint", "many"]),
         ("model: {init_args: {backbone: 3.0}}", ["backbone"]),
+        ("model: {init_args: {backbone: 0}}", ["backbone"]),
         ("data: {init_args: {train_transform: {init_args: {local_size: null}}}}", ["data.train_transform.local_size"]),
         (
             "trainer: {callbacks: [{class_path: vil_lightning.callbacks.FeatureHealth}, "
@@ -160,6 +169,7 @@ def test_bad_input__training_without_views(command: Command) -> None:
         "beside_class_path_in_a_list",
         "list_for_a_section",
         "number_for_a_section",
+        "zero_for_a_section",
         "null",
         "twice",
     ],
