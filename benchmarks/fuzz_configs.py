@@ -530,6 +530,7 @@ def start(case: Case, folder: Path) -> int:
         os.setsid()  # so that its workers can be ended with it
         for number, name in ((1, "out.txt"), (2, "err.txt")):
             os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # not those of a test
         outcome = Outcome(0)
         try:
             _execute(case, folder, outcome)
@@ -597,6 +598,7 @@ def describe(case: Case, outcome: Outcome, verdict: str, seed: int) -> str:
     if outcome.ended == "exit" and outcome.code != 0:
         position = outcome.err.rfind("\nerror: ")
         tail = outcome.err[position:] if position >= 0 else outcome.err
+        tail = re.sub(r'File "[^"]*/([^"/]+/[^"/]+)"', r'File "\1"', tail)
         lines += ["  ```", *(f"  {line[:240]}" for line in tail.strip().splitlines()[-6:]), "  ```"]
     return "\n".join(lines)
 
