@@ -530,7 +530,7 @@ def start(case: Case, folder: Path) -> int:
         os.setsid()  # so that its workers can be ended with it
         for number, name in ((1, "out.txt"), (2, "err.txt")):
             os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # not those of a test
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115 - until the process ends
         outcome = Outcome(0)
         try:
             _execute(case, folder, outcome)
