@@ -20,6 +20,7 @@ BUILDING_BLOCKS = {
     "knn",
     "sharding",
     "errors",
+    "checks",
     "representation",
     "dense",
     "upernet",

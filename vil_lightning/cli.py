@@ -27,6 +27,7 @@ import vil_lightning.methods  # noqa: F401 - makes the short class names known
 from vil_lightning.backbones.weights import WeightsError, read_file
 from vil_lightning.callbacks import LastCheckpoint, PredictionWriter, RunProgressBar, RunSummary, Throughput
 from vil_lightning.checkpoint_io import LAST, AtomicCheckpointIO, KeepPolicy, newest_good, remove_partial
+from vil_lightning.checks import check_sections, check_values
 from vil_lightning.errors import ConfigError
 from vil_lightning.evaluation.command import main as evaluation_command
 from vil_lightning.methods.fully_sharded import FullyShardedStrategy, check_precision
@@ -103,8 +104,18 @@ class VilCLI(LightningCLI):
             check_resumable(path, training=self.config.subcommand == "fit")
         super()._parse_ckpt_path()
 
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise ConfigError(f"seed_everything: {error}.") from error
+
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand] if self.subcommand else self.config
+        for key in ("trainer", "checkpoint", "predictions", "keep", "faults"):
+            if not isinstance(config[key], Namespace):
+                raise ConfigError(f"{key}={config[key]!r} must be a section of settings, `key: value`.")
+        check_values({key: config[key] for key in ("trainer", "checkpoint", "keep", "faults", "model", "data")})
         self.run_name = run_name_of(config)
         # Scores and predictions of a run get a folder of their own: they must not change the run's curves or config.yaml.
         log_name = self.run_name if self.subcommand in (None, "fit") else f"{self.run_name}_{self.subcommand}"
@@ -141,6 +152,12 @@ class VilCLI(LightningCLI):
                 raise
             raise ConfigError(describe(error, self.trainer)) from error
 
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (RuntimeError, TypeError, ValueError) as error:  # of Lightning, which says which argument it means
+            raise find_repairable(error) or ConfigError(f"trainer: {error}") from error
+
     def before_fit(self) -> None:
         strategy = self.trainer.strategy
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
@@ -156,13 +173,22 @@ class VilCLI(LightningCLI):
                 callback.hyper_parameters = flatten(self.config["fit"], keys=("model", "data", "seed_everything"))
 
     def before_validate(self) -> None:
+        self._check_has("validation_step")
         self._check_trained()
 
     def before_test(self) -> None:
+        self._check_has("test_step")
         self._check_trained()
 
     def before_predict(self) -> None:
         self._check_trained()
+
+    def _check_has(self, step: str) -> None:
+        if getattr(type(self.model), step) is getattr(L.LightningModule, step):
+            raise ConfigError(
+                f"model.class_path={type(self.model).__name__} has no {step}, so `{self.subcommand}` cannot score it. Name "
+                "another model, or use `main.py evaluate`, which scores the network of any run."
+            )
 
     def _check_trained(self) -> None:
         if hasattr(self.model, "check_trained"):
@@ -331,6 +357,11 @@ def build_cli(args: list[str] | None = None, run: bool = True) -> VilCLI:
             "callbacks": [RunProgressBar(), Throughput(), RunSummary()],
             "enable_model_summary": False,
         },
+        # All options would be two pages above the message of an error; --help explains them.
+        parser_kwargs={
+            name: {"usage": f"main.py {name} [--config FILE] [--KEY VALUE ...] [--help]"}
+            for name in ("fit", "validate", "test", "predict")
+        },
         args=args,
         run=run,
     )
@@ -363,10 +394,11 @@ def main(args: list[str] | None = None) -> None:
     if words and words[0] == "speed":
         return speed_command(words[1:])
     try:
+        check_sections(words)
         build_cli(args)
     except (
         SIGTERMException
-    ):  # Lightning's own answer to the signal, where no run was trained; it would look like a success
+    ):  # Lightning's own answer to the signal during validation alone; it would look like a success
         sys.exit(128 + signal.SIGTERM)
     except (ValueError, MisconfigurationException) as error:
         repairable = find_repairable(error)

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import make_grid
 
-from vil_lightning.callbacks.features import val_images
+from vil_lightning.callbacks.features import check_counts, val_images
+from vil_lightning.errors import ConfigError
 from vil_lightning.sharding import gathered, is_sharded
 
 
@@ -26,10 +27,18 @@ class ReconstructionPictures(L.Callback):
     """
 
     def __init__(self, num_images: int = 8, every_n_epochs: int = 10, size: int = 96) -> None:
+        check_counts(self, num_images=num_images, every_n_epochs=every_n_epochs, size=size)
         self.num_images = num_images
         self.every_n_epochs = every_n_epochs
         self.size = size
         self._images: Tensor | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not hasattr(pl_module, "reconstruct"):
+            raise ConfigError(
+                f"ReconstructionPictures: {type(pl_module).__name__} predicts no pixels. Leave ReconstructionPictures out of "
+                "trainer.callbacks, or use it with MAE, SimMIM or Autoregressive."
+            )
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         epoch = trainer.current_epoch + 1

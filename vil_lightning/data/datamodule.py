@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from vil_lightning.checks import check_image_sizes
 from vil_lightning.data.loading import (
     EpochSampler,
     ImageSource,
@@ -33,6 +34,8 @@ from vil_lightning.data.transforms import (
     View,
 )
 from vil_lightning.errors import ConfigError
+
+_MOST_WORKERS = 512
 
 
 class PlannedViews(NamedTuple):
@@ -106,6 +109,11 @@ class ImageDataModule(L.LightningDataModule):
             raise ConfigError(
                 f"data.worker_timeout={worker_timeout} and data.num_workers={num_workers} must not be negative."
             )
+        check_image_sizes("data", img_size=img_size)
+        if num_workers > _MOST_WORKERS:
+            raise ConfigError(f"data.num_workers={num_workers} must be at most {_MOST_WORKERS} processes.")
+        if min(std) <= 0:
+            raise ConfigError(f"data.std={tuple(std)} must be positive.")
         self.img_size = img_size
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size

@@ -19,6 +19,7 @@ from torch import distributed
 from torchvision.utils import save_image
 
 import vil_lightning.data  # noqa: F401 - makes the short class names known
+from vil_lightning.checks import check_sections, check_values
 from vil_lightning.data.datamodule import ImageDataModule
 from vil_lightning.data.files import FileSource, paths_of
 from vil_lightning.data.loading import ImageSource, SubsetSource
@@ -135,7 +136,8 @@ def names_of(source: ImageSource, split: str) -> list[str]:
 
 def subject_parser(command: str) -> ArgumentParser:
     """What names a network and its images."""
-    parser = ArgumentParser(prog=f"python main.py {command}", description=__doc__)
+    usage = f"main.py {command} [--config FILE] [--KEY VALUE ...] [--help]"  # all options would bury an error's message
+    parser = ArgumentParser(prog=f"python main.py {command}", usage=usage, description=__doc__)
     parser.add_argument("--config", action="config", help="Recipe, see configs/evaluate.yaml.")
     parser.add_argument("--weights", type=str | None, default=None, help="Checkpoint; short for --backbone.weights.")
     parser.add_argument("--backbone", type=BackboneConfig, default=BackboneConfig(), help="The network.")
@@ -174,7 +176,9 @@ def embed_parser() -> ArgumentParser:
 
 def parse(parser: ArgumentParser, args: list[str]) -> tuple[Namespace, ImageDataModule]:
     """The arguments, with objects built, and the images."""
+    check_sections(args)
     config = parser.parse_args(args)
+    check_values({key: value for key, value in vars(config).items() if key != "config"})
     if config.weights is not None:
         config.backbone.weights = config.weights
     os.environ["PL_GLOBAL_SEED"] = str(config.seed)  # which data modules take theirs from

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vil_lightning.backbones import VisionLSTM
+from vil_lightning.checks import check_sizes
 from vil_lightning.errors import ConfigError
 from vil_lightning.methods.backbone import BackboneConfig, build_backbone, check_input_size, resolve_backbone
 from vil_lightning.methods.clusters import check_causal, cluster_mask, encode_clusters, from_clusters, to_clusters
@@ -72,6 +73,8 @@ class Autoregressive(L.LightningModule):
         compile: CompileMode = False,
     ) -> None:
         super().__init__()
+        sizes = {"decoder_dim": decoder_dim, "decoder_depth": decoder_depth, "decoder_num_heads": decoder_num_heads}
+        check_sizes("model", 2**16, **sizes)
         self.backbone_config = resolve_backbone(backbone)
         self.optimisation = Optimisation(
             self.backbone_config, base_lr, lr_warmup, final_lr, betas, weight_decay, clip=3.0

@@ -18,6 +18,7 @@ from lightly.loss import DINOLoss
 from lightly.models.modules.heads import DINOProjectionHead
 from torch import Tensor, nn
 
+from vil_lightning.checks import check_positive, check_sizes
 from vil_lightning.errors import ConfigError
 from vil_lightning.methods.backbone import (
     BackboneConfig,
@@ -99,8 +100,9 @@ class DINO(L.LightningModule):
         compile: CompileMode = False,
     ) -> None:
         super().__init__()
-        if student_temp <= 0:
-            raise ConfigError(f"model.student_temp={student_temp} must be positive.")
+        check_positive("model", student_temp=student_temp)
+        check_sizes("model", head_hidden_dim=head_hidden_dim, head_bottleneck_dim=head_bottleneck_dim)
+        check_sizes("model", num_prototypes=None if num_prototypes == "auto" else num_prototypes)
         if not 0 <= center_momentum <= 1:
             raise ConfigError(f"model.center_momentum={center_momentum} must be in [0, 1].")
         self.backbone_config = resolve_backbone(backbone)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vil_lightning.checks import check_image_sizes, check_sizes
 from vil_lightning.errors import ConfigError
 from vil_lightning.methods.backbone import (
     BackboneConfig,
@@ -103,9 +104,8 @@ class Distillation(L.LightningModule):
             raise ConfigError(
                 f"model.image_weight={image_weight} and model.patch_weight={patch_weight} must not be negative, nor both 0."
             )
-        for name, size in (("head_hidden_dim", head_hidden_dim), ("teacher_img_size", teacher_img_size)):
-            if size is not None and size < 1:
-                raise ConfigError(f"model.{name}={size} must be at least 1.")
+        check_sizes("model", head_hidden_dim=head_hidden_dim)
+        check_image_sizes("model", teacher_img_size=teacher_img_size)
         if teacher_std is not None and min(teacher_std) <= 0:
             raise ConfigError(f"model.teacher_std={list(teacher_std)} must be positive.")
         self.backbone_config = resolve_backbone(backbone)

@@ -23,6 +23,7 @@ from lightly.models.modules.heads import DINOProjectionHead
 from torch import Tensor, nn
 
 from vil_lightning.backbones import VisionLSTM
+from vil_lightning.checks import check_positive, check_sizes
 from vil_lightning.errors import ConfigError
 from vil_lightning.losses.prototypes import centered_targets, patch_loss, sinkhorn_targets, view_loss
 from vil_lightning.masking import hidden_places, uneven_block_mask
@@ -134,8 +135,9 @@ class IBOT(L.LightningModule):
         compile: CompileMode = False,
     ) -> None:
         super().__init__()
-        if student_temp <= 0:
-            raise ConfigError(f"model.student_temp={student_temp} must be positive.")
+        check_positive("model", student_temp=student_temp)
+        check_sizes("model", head_hidden_dim=head_hidden_dim, head_bottleneck_dim=head_bottleneck_dim)
+        check_sizes("model", num_prototypes=None if num_prototypes == "auto" else num_prototypes)
         for key, value in (("mask_prob", mask_prob), ("center_momentum", center_momentum)):
             if not 0 <= value <= 1:
                 raise ConfigError(f"model.{key}={value} must be in [0, 1].")

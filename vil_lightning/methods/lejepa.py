@@ -18,6 +18,7 @@ from lightly.loss.lejepa_loss import lejepa_invariance_loss
 from lightly.models.modules.heads import LeJEPAProjectionHead
 from torch import Tensor, nn
 
+from vil_lightning.checks import check_sizes
 from vil_lightning.errors import ConfigError
 from vil_lightning.methods.backbone import (
     BackboneConfig,
@@ -73,8 +74,7 @@ class LeJEPA(L.LightningModule):
             raise ConfigError(
                 f"model.sigreg_weight={sigreg_weight} must be in (0, 1]: without SIGReg all embeddings become one."
             )
-        if num_directions < 1:
-            raise ConfigError(f"model.num_directions={num_directions} must be at least 1.")
+        check_sizes("model", num_directions=num_directions, head_hidden_dim=head_hidden_dim, proj_dim=proj_dim)
         self.backbone_config = resolve_backbone(backbone)
         self.optimisation = Optimisation(self.backbone_config, base_lr, lr_warmup, final_lr, betas, weight_decay)
         self.sigreg_weight = sigreg_weight

@@ -21,6 +21,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from vil_lightning.checks import check_sizes
 from vil_lightning.errors import ConfigError
 from vil_lightning.masking import MASK_KINDS, hidden_except, hidden_mask, num_hidden, visible_positions
 from vil_lightning.methods.backbone import (
@@ -92,6 +93,8 @@ class MAE(L.LightningModule):
         super().__init__()
         if mask_kind not in MASK_KINDS:
             raise ConfigError(f"model.mask_kind={mask_kind!r} is not known. Available: {', '.join(MASK_KINDS)}.")
+        sizes = {"decoder_dim": decoder_dim, "decoder_depth": decoder_depth, "decoder_num_heads": decoder_num_heads}
+        check_sizes("model", 2**16, **sizes)
         self.backbone_config = resolve_backbone(backbone)
         self.optimisation = Optimisation(self.backbone_config, base_lr, lr_warmup, final_lr, betas, weight_decay)
         self.mask_ratio = mask_ratio

@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from vil_lightning.errors import ConfigError
+from vil_lightning.checks import check_betas, check_not_negative, check_positive
 from vil_lightning.methods.backbone import (
     CHECKPOINT_KEY,
     BackboneConfig,
@@ -51,8 +51,9 @@ class Optimisation:
         lr_batch_size: int = 256,
         clip: float = 1.0,
     ) -> None:
-        if base_lr <= 0:
-            raise ConfigError(f"model.base_lr={base_lr} must be positive.")
+        check_positive("model", base_lr=base_lr, lr_batch_size=lr_batch_size)
+        check_not_negative("model", final_lr=final_lr, weight_decay=weight_decay)
+        check_betas(betas)
         self.backbone_config = backbone_config
         self.base_lr = base_lr
         self.lr_warmup = lr_warmup

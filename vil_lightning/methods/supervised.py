@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from vil_lightning.checks import check_sizes
 from vil_lightning.errors import ConfigError
 from vil_lightning.methods.backbone import (
     CHECKPOINT_KEY,
@@ -139,8 +140,7 @@ class Supervised(L.LightningModule):
                 "betas[1]": betas[1],
             },
         )
-        if num_classes is not None and num_classes < 1:
-            raise ConfigError(f"model.num_classes={num_classes} must be positive, or null.")
+        check_sizes("model", 2**24, num_classes=num_classes)
         if layer_decay is not None and not 0 < layer_decay <= 1:
             raise ConfigError(f"model.layer_decay={layer_decay} must be in (0, 1], or null for none.")
         if target_threshold is not None and loss != "binary_cross_entropy":
