@@ -7,11 +7,17 @@ from collections.abc import Iterator
 # this when it is loaded.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is loaded, which torch may do at any time
+
+
+# The same examples every time, and nothing that is kept between runs.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, print_blob=False)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)

@@ -29,10 +29,13 @@ import vil_lightning.methods  # noqa: F401 - makes the short class names known
 from vil_lightning.backbones.weights import WeightsError, read_file
 from vil_lightning.callbacks import LastCheckpoint, PredictionWriter, RunProgressBar, RunSummary, Throughput
 from vil_lightning.checkpoint_io import LAST, AtomicCheckpointIO, KeepPolicy, newest_good, remove_partial
+from vil_lightning.checks import check_sections, check_values
 from vil_lightning.errors import ConfigError
 from vil_lightning.evaluation.command import main as evaluation_command
 from vil_lightning.methods.batch_norm import BatchNormSync
+from vil_lightning.methods.fully_sharded import FullyShardedStrategy, check_precision
 from vil_lightning.methods.run_length import divide_batch
+from vil_lightning.out_of_memory import describe, is_out_of_memory
 from vil_lightning.reliability import FaultPolicy, Preemption, StepGuard, lost_peer, watch_launcher
 from vil_lightning.speed.command import main as speed_command
 
@@ -114,8 +117,18 @@ class VilCLI(LightningCLI):
             check_resumable(path, training=self.config.subcommand == "fit")
         super()._parse_ckpt_path()
 
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise ConfigError(f"seed_everything: {error}.") from error
+
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand] if self.subcommand else self.config
+        for key in ("trainer", "checkpoint", "predictions", "keep", "faults"):
+            if not isinstance(config[key], Namespace):
+                raise ConfigError(f"{key}={config[key]!r} must be a section of settings, `key: value`.")
+        check_values({key: config[key] for key in ("trainer", "checkpoint", "keep", "faults", "model", "data")})
         self.run_name = run_name_of(config)
         # Scores and predictions of a run get a folder of their own: they must not change the run's curves or config.yaml.
         log_name = self.run_name if self.subcommand in (None, "fit") else f"{self.run_name}_{self.subcommand}"
@@ -125,6 +138,8 @@ class VilCLI(LightningCLI):
                 class_path="lightning.pytorch.loggers.TensorBoardLogger",
                 init_args=Namespace(save_dir=str(LOG_ROOT), name="", version=log_name, default_hp_metric=False),
             )
+        if getattr(config.trainer.strategy, "class_path", "").endswith(f".{FullyShardedStrategy.__name__}"):
+            check_precision(config.trainer.precision)
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(checkpoint_dir)
         if config.checkpoint.save_last not in (True, False, None):
@@ -146,7 +161,9 @@ class VilCLI(LightningCLI):
         watch_launcher()
         try:
             super()._run_subcommand(subcommand)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise ConfigError(describe(error, self.trainer)) from error
             message = lost_peer(error, self.trainer)
             if message is None:
                 raise
@@ -154,6 +171,12 @@ class VilCLI(LightningCLI):
             print(f"\nerror: {message}", file=sys.stderr, flush=True)
             sys.stdout.flush()
             os._exit(1)  # other ways out wait for the lost process
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (RuntimeError, TypeError, ValueError) as error:  # of Lightning, which says which argument it means
+            raise find_repairable(error) or ConfigError(f"trainer: {error}") from error
 
     def before_fit(self) -> None:
         strategy = self.trainer.strategy
@@ -174,13 +197,22 @@ class VilCLI(LightningCLI):
                 callback.hyper_parameters = flatten(self.config["fit"], keys=("model", "data", "seed_everything"))
 
     def before_validate(self) -> None:
+        self._check_has("validation_step")
         self._check_trained()
 
     def before_test(self) -> None:
+        self._check_has("test_step")
         self._check_trained()
 
     def before_predict(self) -> None:
         self._check_trained()
+
+    def _check_has(self, step: str) -> None:
+        if getattr(type(self.model), step) is getattr(L.LightningModule, step):
+            raise ConfigError(
+                f"model.class_path={type(self.model).__name__} has no {step}, so `{self.subcommand}` cannot score it. Name "
+                "another model, or use `main.py evaluate`, which scores the network of any run."
+            )
 
     def _check_trained(self) -> None:
         if hasattr(self.model, "check_trained"):
@@ -349,6 +381,11 @@ def build_cli(args: list[str] | None = None, run: bool = True) -> VilCLI:
             "callbacks": [RunProgressBar(), Throughput(), RunSummary()],
             "enable_model_summary": False,
         },
+        # All options would be two pages above the message of an error; --help explains them.
+        parser_kwargs={
+            name: {"usage": f"main.py {name} [--config FILE] [--KEY VALUE ...] [--help]"}
+            for name in ("fit", "validate", "test", "predict")
+        },
         args=args,
         run=run,
     )
@@ -381,10 +418,11 @@ def main(args: list[str] | None = None) -> None:
     if words and words[0] == "speed":
         return speed_command(words[1:])
     try:
+        check_sections(words)
         build_cli(args)
     except (
         SIGTERMException
-    ):  # Lightning's own answer to the signal, where no run was trained; it would look like a success
+    ):  # Lightning's own answer to the signal during validation alone; it would look like a success
         sys.exit(128 + signal.SIGTERM)
     except (ValueError, MisconfigurationException) as error:
         repairable = find_repairable(error)

@@ -35,7 +35,7 @@ def hidden_mask(
         return rows.repeat_interleave(grid_size[1], dim=1)
     if kind == "block":
         masks = [_blocks(grid_size, num_hidden(kind, grid_size, mask_ratio)) for _ in range(batch_size)]
-        return torch.stack(masks).to(device)
+        return torch.stack(masks).to(device, non_blocking=True)
     raise ValueError(f"mask kind {kind!r} is not known. Available: {', '.join(MASK_KINDS)}.")
 
 
@@ -56,6 +56,14 @@ def hidden_except(visible: Tensor, num_patches: int) -> Tensor:
     """The mask (B, N) of all patches but the `visible` ones (B, K)."""
     mask = torch.ones(len(visible), num_patches, dtype=torch.bool, device=visible.device)
     return mask.scatter(1, visible, False)
+
+
+def hidden_places(hidden: Tensor) -> Tensor:
+    """Positions (M,) of the M hidden patches of a batch (B, N) in its B * N patches, in increasing order.
+
+    M depends on the mask: keep it on the CPU, or this waits for the device.
+    """
+    return hidden.flatten().nonzero().squeeze(1)
 
 
 def uneven_block_mask(
@@ -83,7 +91,7 @@ def uneven_block_mask(
     masks = torch.zeros(batch_size, math.prod(grid_size), dtype=torch.bool)
     for image, count in zip(torch.randperm(batch_size).tolist(), counts, strict=False):
         masks[image] = _blocks(grid_size, count)
-    return masks.to(device)
+    return masks.to(device, non_blocking=True)
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:

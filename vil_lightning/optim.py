@@ -1,12 +1,15 @@
 """Parameter groups, learning-rate scaling, gradient clipping."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from vil_lightning.sharding import local, sum_over_shards
 
 
 def weight_decay_groups(
@@ -85,8 +88,16 @@ def clip_grad_per_tensor(parameters: Iterable[Tensor], max_norm: float | None) -
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         return torch.zeros(())
-    norms = torch.stack(torch._foreach_norm(grads))  # one L2 norm each
+    norms = norms_of(grads)
     if max_norm is not None:
         factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(grads, list(factors.unbind()))
+        torch._foreach_mul_([local(grad) for grad in grads], list(factors.unbind()))
     return norms.norm()
+
+
+def norms_of(tensors: Sequence[Tensor]) -> Tensor:
+    """The L2 norm of each tensor; of the whole ones if they are sharded."""
+    norms = torch.stack(torch._foreach_norm([local(tensor) for tensor in tensors]))
+    if not isinstance(tensors[0], DTensor):
+        return norms
+    return sum_over_shards(norms.float().square(), tensors[0]).sqrt().to(norms.dtype)

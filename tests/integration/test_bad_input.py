@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from shrunk import PRETRAIN, PROBE, Command
+from shrunk import CONFIGS, PRETRAIN, PROBE, Command
 from torchvision.io import write_png
 
 
@@ -41,6 +41,11 @@ def small(**kwargs: int) -> str:
         ),
         pytest.param(
             ["--model.backbone.kwargs", "{img_size: 16, wings: 2}"], ["model.backbone", "wings"], id="unknown_kwarg"
+        ),
+        pytest.param(
+            ["--config", str(CONFIGS / "trainer/fsdp.yaml"), "--trainer.precision", "16-mixed"],
+            ["trainer.precision=16-mixed", "FullyShardedStrategy", "bf16-mixed"],
+            id="precision_of_sharded_training",
         ),
         pytest.param(
             ["--data.train_transform.global_size", "20"],
@@ -85,6 +90,54 @@ def small(**kwargs: int) -> str:
         pytest.param(["--wings", "2"], ["wings"], id="unknown_key"),
         pytest.param(["--model.num_prototypes", "many"], ["num_prototypes", "int", "many"], id="wrong_type"),
         pytest.param(["--config", "no.yaml"], ["no.yaml"], id="missing_config"),
+        pytest.param(["--seed_everything", "-1"], ["seed_everything", "-1"], id="seed_below_zero"),
+        pytest.param(["--model.base_lr", ".inf"], ["model.base_lr=inf", "finite"], id="infinite_rate"),
+        pytest.param(["--model.weight_decay", ".nan"], ["model.weight_decay=nan", "finite"], id="no_number"),
+        pytest.param(["--model.weight_decay", "-1"], ["model.weight_decay=-1", "negative"], id="negative_decay"),
+        pytest.param(["--model.clip_grad", "0"], ["model.clip_grad=0", "positive"], id="clipping_everything"),
+        pytest.param(
+            ["--model.head_hidden_dim", "1000000000"], ["model.head_hidden_dim", "1048576"], id="absurd_width"
+        ),
+        pytest.param(["--model.num_prototypes", "0"], ["model.num_prototypes=0", "at least 1"], id="no_prototypes"),
+        pytest.param(
+            ["--model.backbone.kwargs", "{depth: 1000000000}"],
+            ["model.backbone.kwargs.depth", "10000"],
+            id="absurd_depth",
+        ),
+        pytest.param(
+            [
+                *("--model.backbone.name", "vit_tiny_patch16_224"),
+                *("--model.backbone.kwargs", "{img_size: 16, patch_size: 8, drop_path_rate: 3}"),
+            ],
+            ["model.backbone.kwargs.drop_path_rate=3", "[0, 1)"],
+            id="drop_path_of_another_library",
+        ),
+        pytest.param(["--data.num_workers", "1000000000"], ["data.num_workers", "512"], id="too_many_workers"),
+        pytest.param(["--data.img_size", "1000000000"], ["data.img_size", "16384"], id="absurd_image"),
+        pytest.param(["--data.std", "[0.3, 0, 0.3]"], ["data.std", "positive"], id="deviation_of_zero"),
+        pytest.param(
+            ["--data.train_transform.blur_probs", "[-1, 0, 0]"],
+            ["data.train_transform.blur_probs", "[0, 1]"],
+            id="negative_probability",
+        ),
+        pytest.param(
+            ["--data.train_transform.blur_sigma", "[2, 1]"],
+            ["data.train_transform.blur_sigma", "smallest"],
+            id="range_upside_down",
+        ),
+        pytest.param(
+            ["--trainer.callbacks", "[{class_path: vil_lightning.callbacks.ReconstructionPictures}]"],
+            ["ReconstructionPictures", "DINO", "trainer.callbacks"],
+            id="callback_for_other_methods",
+        ),
+        pytest.param(
+            [
+                "--trainer.callbacks",
+                "[{class_path: vil_lightning.callbacks.OnlineKNN, init_args: {every_n_epochs: 0}}]",
+            ],
+            ["OnlineKNN", "every_n_epochs=0"],
+            id="never",
+        ),
     ],
 )
 def test_bad_input__is_refused_with_one_message(command: Command, tmp_path: Path, args: list[str], parts: list[str]):
@@ -96,6 +149,48 @@ def test_bad_input__training_without_views(command: Command) -> None:
     model = ["--model", "DINO", "--model.backbone.name", "vil2_tiny_patch16_224", "--model.num_prototypes", "8"]
     args = [*model, "--model.backbone.kwargs", small(), "--model.lr_warmup", "1 step", "--trainer.max_epochs", "1"]
     assert_refused(command("fit", *args, "--data", "Digits"), "data.train_transform", "MultiCrop")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("model: {wings: 2, class_path: DINO, init_args: {}}", ["model.wings", "init_args"]),
+        (
+            "trainer: {callbacks: [{class_path: vil_lightning.callbacks.ViewPictures, size: 3}]}",
+            ["trainer.callbacks.size"],
+        ),
+        ("checkpoint: [many]", ["checkpoint", "many"]),
+        ("model: {init_args: {backbone: 3.0}}", ["backbone"]),
+        ("model: {init_args: {backbone: 0}}", ["backbone"]),
+        ("data: {init_args: {train_transform: {init_args: {local_size: null}}}}", ["data.train_transform.local_size"]),
+        (
+            "trainer: {callbacks: [{class_path: vil_lightning.callbacks.FeatureHealth}, "
+            "{class_path: vil_lightning.callbacks.FeatureHealth}]}",
+            ["trainer", "FeatureHealth"],
+        ),
+    ],
+    ids=[
+        "beside_class_path",
+        "beside_class_path_in_a_list",
+        "list_for_a_section",
+        "number_for_a_section",
+        "zero_for_a_section",
+        "null",
+        "twice",
+    ],
+)
+def test_bad_input__in_a_file(command: Command, tmp_path: Path, text: str, parts: list[str]) -> None:
+    (tmp_path / "wrong.yaml").write_text(text)
+    assert_refused(command(*PRETRAIN, "--config", "wrong.yaml"), *parts)
+
+
+def test_bad_input__usage_does_not_bury_the_message(command: Command) -> None:
+    result = command(*PRETRAIN, "--model.num_prototypes", "many")
+    assert len(result.err.splitlines()) < 25
+
+
+def test_bad_input__validating_what_has_no_scores(command: Command) -> None:
+    assert_refused(command("validate", *PRETRAIN[1:]), "model.class_path=DINO", "validation_step")
 
 
 def test_bad_input__probe_without_weights(command: Command) -> None:

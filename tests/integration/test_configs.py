@@ -20,6 +20,7 @@ from vil_lightning.data import Digits, TrainTransform
 from vil_lightning.evaluation.command import embed_parser, evaluate_parser
 from vil_lightning.methods import DINO, LinearProbe, Supervised
 from vil_lightning.methods.backbone import BackboneConfig
+from vil_lightning.methods.fully_sharded import FullyShardedStrategy
 from vil_lightning.methods.run_length import split_batch
 
 OVERLAYS = sorted([*(CONFIGS / "overlays").glob("*.yaml"), *(CONFIGS / "trainer").glob("*.yaml")])
@@ -645,6 +646,17 @@ def test_recipe__global_batch_is_what_its_devices_make_of_it(path: Path) -> None
     written = f" x {accumulated} accumulated" if accumulated > 1 else ""
     assert f" x {largest}{written} = {batch}." in header(path)
     assert "accumulate_grad_batches" not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    "recipe", ["pretrain_dino.yaml", "train_supervised.yaml", "imagenet/pretrain_mae_vil2_base.yaml"]
+)
+def test_overlay__shards_any_recipe(recipe: str) -> None:
+    device = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.num_nodes", "1"]
+    data = ["--data.root", "."] if "imagenet" in recipe else []
+    cli = build("--config", str(CONFIGS / recipe), "--config", str(CONFIGS / "trainer/fsdp.yaml"), *device, *data)
+    assert isinstance(cli.trainer.strategy, FullyShardedStrategy)
+    assert cli.run_name == Path(recipe).stem
 
 
 # --- the recipes of `main.py evaluate` and `main.py embed` -----------------------------------------------------------

@@ -477,7 +477,7 @@ def test_ddp__two_processes_equal_one(tmp_path: Path) -> None:
         ({"mask_ratio": 1.5}, r"model\.mask_ratio=1\.5"),
         ({"mask_kind": "rows"}, r"model\.mask_kind='rows' is not known.*random, block, row"),
         ({"base_lr": 0.0}, r"model\.base_lr=0\.0 must be positive"),
-        ({"decoder_depth": 0}, r"model\.decoder_depth.*depth=0"),
+        ({"decoder_depth": 0}, r"model\.decoder_depth=0 must be at least 1"),
         (
             {"decoder_dim": 30, "decoder": "vit", "decoder_num_heads": 4},
             r"model\.decoder_dim, .*model\.decoder_num_heads",

@@ -365,5 +365,18 @@ def resize_position_embedding(embed: Tensor, grid_size: Grid) -> Tensor:
         return embed
     dtype = embed.dtype
     image = embed.permute(0, 3, 1, 2).to(torch.promote_types(dtype, torch.float32))
-    image = F.interpolate(image, size=tuple(grid_size), mode="bicubic", align_corners=False)
+    if (
+        torch.are_deterministic_algorithms_enabled()
+    ):  # of the gradient of interpolation, GPUs have no deterministic form
+        rows, columns = (_bicubic(old, new, image) for old, new in zip(image.shape[2:], grid_size, strict=True))
+        with torch.autocast(image.device.type, enabled=False):
+            image = rows @ image @ columns.T
+    else:
+        image = F.interpolate(image, size=tuple(grid_size), mode="bicubic", align_corners=False)
     return image.permute(0, 2, 3, 1).to(dtype)
+
+
+def _bicubic(old: int, new: int, like: Tensor) -> Tensor:
+    """Bicubic interpolation of `old` numbers at `new` places as a matrix (new, old)."""
+    impulses = torch.eye(old, dtype=like.dtype, device=like.device)[None, None]  # one in each column
+    return F.interpolate(impulses, size=(new, old), mode="bicubic", align_corners=False)[0, 0]

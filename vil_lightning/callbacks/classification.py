@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
-from vil_lightning.callbacks.features import check_labelled
+from vil_lightning.callbacks.features import check_counts, check_labelled
 
 
 class ClassificationPictures(L.Callback):
@@ -26,6 +26,7 @@ class ClassificationPictures(L.Callback):
     """
 
     def __init__(self, num_worst: int = 16, every_n_epochs: int = 10, max_classes: int = 200, size: int = 96) -> None:
+        check_counts(self, num_worst=num_worst, every_n_epochs=every_n_epochs, max_classes=max_classes, size=size)
         self.num_worst = num_worst
         self.every_n_epochs = every_n_epochs
         self.max_classes = max_classes

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from vil_lightning.data.loading import EpochSampler, ResumableLoader, SubsetSource, TransformedDataset, collate
 from vil_lightning.errors import ConfigError
+from vil_lightning.sharding import gathered, is_sharded
 
 
 @contextmanager
@@ -22,7 +23,12 @@ def observing(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
     module.eval()
     try:
         # Also a loader draws a seed from torch's generator when it starts.
-        with torch.no_grad(), torch.random.fork_rng(devices=devices), trainer.precision_plugin.forward_context():
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices=devices),
+            trainer.precision_plugin.forward_context(),
+            gathered(module),
+        ):
             yield
     finally:
         for part, training in modes:  # a part may have been kept in evaluation mode
@@ -103,6 +109,12 @@ def board_writers(trainer: L.Trainer) -> list[Any]:
     if not trainer.is_global_zero:
         return []
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def looks(trainer: L.Trainer, module: L.LightningModule) -> bool:
+    """Whether this process has to run the network for TensorBoard: the first one, or all if each has a slice of it."""
+    boards = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
+    return boards and (trainer.is_global_zero or is_sharded(module))
 
 
 def check_counts(callback: L.Callback, **counts: int | None) -> None:

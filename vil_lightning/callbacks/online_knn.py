@@ -5,7 +5,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from vil_lightning.callbacks.features import check_labelled, collect
+from vil_lightning.callbacks.features import check_counts, check_labelled, collect
 from vil_lightning.knn import knn_accuracy
 
 
@@ -19,6 +19,7 @@ class OnlineKNN(L.Callback):
     """
 
     def __init__(self, every_n_epochs: int = 1, k: int = 20, max_bank_size: int = 50_000) -> None:
+        check_counts(self, every_n_epochs=every_n_epochs, k=k, max_bank_size=max_bank_size)
         self.every_n_epochs = every_n_epochs
         self.k = k
         self.max_bank_size = max_bank_size

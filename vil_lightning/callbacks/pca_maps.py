@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from vil_lightning.callbacks.backbone_of import backbone_of
 from vil_lightning.callbacks.drawing import Tile, diverging, enlarge, sheet
-from vil_lightning.callbacks.features import board_writers, check_counts, last_epoch, observing, val_images
+from vil_lightning.callbacks.features import board_writers, check_counts, last_epoch, looks, observing, val_images
 from vil_lightning.errors import ConfigError
 from vil_lightning.representation import principal_components
 
@@ -68,8 +68,7 @@ class PCAMaps(L.Callback):
         self._basis = state_dict.get("basis")
 
     def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        writers = board_writers(trainer)
-        if not writers:
+        if not looks(trainer, pl_module):
             return
         if self._images is None:
             self._images, _ = val_images(trainer, self.num_images)
@@ -81,7 +80,7 @@ class PCAMaps(L.Callback):
             return
         components, shares = self._components(maps)
         result = picture(self._images, components, shares, self.size)
-        for writer in writers:
+        for writer in board_writers(trainer):
             writer.add_image(TAG, result, trainer.global_step)
 
     def _components(self, maps: Tensor) -> tuple[Tensor, list[float]]:

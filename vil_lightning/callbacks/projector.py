@@ -13,6 +13,7 @@ from vil_lightning.callbacks.features import (
     board_writers,
     check_counts,
     last_epoch,
+    looks,
     observing,
     pooled_features,
     val_images,
@@ -49,8 +50,7 @@ class EmbeddingProjector(L.Callback):
         self._write(trainer, pl_module)
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        writers = board_writers(trainer)
-        if not writers:
+        if not looks(trainer, pl_module):
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         images, labels = val_images(trainer, self.num_images)
@@ -64,7 +64,7 @@ class EmbeddingProjector(L.Callback):
             )
         # One line per image: a name must not break it.
         names = [" ".join(data.classes[label].split()) if data.labelled else "no class" for label in labels]
-        for writer in writers:
+        for writer in board_writers(trainer):
             writer.add_embedding(features, names, small_pictures(images, self.size), trainer.global_step, TAG)
 
 

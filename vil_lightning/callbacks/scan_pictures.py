@@ -15,7 +15,7 @@ from vil_lightning.backbones.inspection import ScanRecord, between_patches, reco
 from vil_lightning.backbones.vision_lstm import Scan
 from vil_lightning.callbacks.backbone_of import backbone_of
 from vil_lightning.callbacks.drawing import Tile, cell, diverging, enlarge, frame, heat, sheet
-from vil_lightning.callbacks.features import board_writers, check_counts, last_epoch, observing, val_images
+from vil_lightning.callbacks.features import board_writers, check_counts, last_epoch, looks, observing, val_images
 from vil_lightning.errors import ConfigError
 
 _ARROWS = "Arrow: direction of the scan, right: from the top left, left: from the bottom right; down, up: by columns."
@@ -104,8 +104,7 @@ class ScanPictures(L.Callback):
             self._draw(trainer, pl_module)
 
     def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        writers = board_writers(trainer)
-        if not writers:
+        if not looks(trainer, pl_module):
             return
         if self._images is None:
             self._images, _ = val_images(trainer, self.num_images)
@@ -120,7 +119,7 @@ class ScanPictures(L.Callback):
             "scans/gates": gate_sheet(records, self._images[0], self.size),
             "scans/half-life": half_life_sheet(records),
         }
-        for writer in writers:
+        for writer in board_writers(trainer):
             for tag, picture in pictures.items():
                 writer.add_image(tag, picture, trainer.global_step)
 

@@ -8,6 +8,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.nn import functional as F
 from torchvision.utils import make_grid
 
+from vil_lightning.callbacks.features import check_counts
+
 
 class ViewPictures(L.Callback):
     """Writes what a few images look like after augmentation to TensorBoard.
@@ -21,6 +23,7 @@ class ViewPictures(L.Callback):
     """
 
     def __init__(self, num_images: int = 8, every_n_epochs: int = 20, size: int = 96) -> None:
+        check_counts(self, num_images=num_images, every_n_epochs=every_n_epochs, size=size)
         self.num_images = num_images
         self.every_n_epochs = every_n_epochs
         self.size = size

@@ -199,7 +199,7 @@ class Conversion:
             return False
         record = json.loads(path.with_suffix(".json").read_text())
         shard = Shard(**record["shard"])
-        if path.stat().st_size != shard.num_bytes or sha256_of(path) != shard.sha256:
+        if shard.file != path.name or path.stat().st_size != shard.num_bytes or sha256_of(path) != shard.sha256:
             return False
         self.shards[number] = shard
         self.bad[number] = [(name, reason) for name, reason in record["left_out"]]

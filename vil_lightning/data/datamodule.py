@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from vil_lightning.checks import check_image_sizes
 from vil_lightning.data.loading import (
     EpochSampler,
     ImageSource,
@@ -33,6 +34,8 @@ from vil_lightning.data.transforms import (
     View,
 )
 from vil_lightning.errors import ConfigError
+
+_MOST_WORKERS = 512
 
 
 class PlannedViews(NamedTuple):
@@ -106,6 +109,11 @@ class ImageDataModule(L.LightningDataModule):
             raise ConfigError(
                 f"data.worker_timeout={worker_timeout} and data.num_workers={num_workers} must not be negative."
             )
+        check_image_sizes("data", img_size=img_size)
+        if num_workers > _MOST_WORKERS:
+            raise ConfigError(f"data.num_workers={num_workers} must be at most {_MOST_WORKERS} processes.")
+        if min(std) <= 0:
+            raise ConfigError(f"data.std={tuple(std)} must be positive.")
         self.img_size = img_size
         self.batch_size = batch_size
         self.global_batch_size: int | None = (
@@ -369,16 +377,20 @@ class ImageDataModule(L.LightningDataModule):
 
     def _standardize(self, images: Tensor) -> Tensor:
         """The same for floats in [0, 1]."""
-        mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
+        mean, std = self._statistics(images.device)
         images = (images - mean) / std
         # Lightning has converted the batch already; but then it was uint8.
         return images if self.trainer is None else self.trainer.precision_plugin.convert_input(images)
 
+    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and deviation (3, 1, 1). Copied without waiting for the device, which `torch.tensor(..., device=)` would."""
+        values = self.mean, self.std
+        mean, std = (torch.tensor(value).view(3, 1, 1).to(device, non_blocking=True) for value in values)
+        return mean, std
+
     def denormalize(self, images: Tensor) -> Tensor:
         """Back to [0, 1], for pictures."""
-        mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
+        mean, std = self._statistics(images.device)
         return (images.float() * std + mean).clamp(0, 1)
 
 

@@ -1,5 +1,7 @@
 """Data sets of the Hugging Face hub, or in its formats on disk: parquet files, or what `save_to_disk` writes."""
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,18 @@ class HuggingFaceSource:
         image_key: Their column.
         labels: Classes of all images.
         name: Of the split, for messages.
+        roots: Folders in which image files may lie that the table names instead of holding them. A table comes from anywhere,
+            and must not have other files of this machine read.
     """
 
-    def __init__(self, dataset: Any, image_key: str, labels: list[int], name: str) -> None:
+    def __init__(
+        self, dataset: Any, image_key: str, labels: list[int], name: str, roots: Sequence[str | Path] = ()
+    ) -> None:
         self.dataset = dataset
         self.image_key = image_key
         self.labels = labels
         self.name = name
+        self.roots = [os.path.abspath(root) for root in roots]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -34,7 +41,10 @@ class HuggingFaceSource:
         if image is None:
             raise BadImageError(name, "is missing")
         if image["bytes"] is None:
-            return EncodedImage(image["path"]), self.labels[index]
+            path = os.path.abspath(image["path"])
+            if not any(path.startswith(os.path.join(root, "")) for root in self.roots):
+                raise BadImageError(name, f"is {image['path']}, a file outside of the data set")
+            return EncodedImage(path), self.labels[index]
         return EncodedImage(image["bytes"], name), self.labels[index]
 
 
@@ -120,8 +130,13 @@ class HuggingFaceData(ImageDataModule):
             labels, classes = self._labels(parts)
         else:
             labels, classes = [[0] * len(part) for part in parts], []
+        config = _datasets().config
+        caches = [
+            getattr(config, key, None) for key in ("HF_CACHE_HOME", "HF_DATASETS_CACHE", "EXTRACTED_DATASETS_PATH")
+        ]
+        roots = [self.path, *(root for root in (*caches, os.environ.get("HF_HUB_CACHE")) if root)]
         sources = [
-            HuggingFaceSource(self._encoded(part, image_key), image_key, part_labels, f"{self.path}:{name}")
+            HuggingFaceSource(self._encoded(part, image_key), image_key, part_labels, f"{self.path}:{name}", roots)
             for part, part_labels, name in zip(parts, labels, names, strict=True)
         ]
         if len(sources) == 2:

@@ -266,6 +266,8 @@ def _read_index(folder: Path) -> ShardIndex:
                 f"{again}"
             )
         shards = [Shard(**shard) for shard in fields["shards"]]
+        if outside := [shard.file for shard in shards if not is_plain_name(shard.file)]:
+            raise ConfigError(f"data.root: {path} names {outside[0]!r}, which is no file of this folder. {again}")
         samples = np.load(folder / "index.npy", allow_pickle=False)
         index = ShardIndex(folder, shards, samples, fields["classes"], [(n, r) for n, r in fields["left_out"]])
         intact = samples.dtype == SAMPLE and (_sha256(samples), len(samples)) == (
@@ -280,6 +282,11 @@ def _read_index(folder: Path) -> ShardIndex:
     if not intact or counts != [shard.num_images for shard in shards]:
         raise ConfigError(f"data.root: {folder / 'index.npy'} and {path.name} do not belong together. {again}")
     return index
+
+
+def is_plain_name(name: Any) -> bool:
+    """Whether a name is that of a file in a folder itself: an index may come from anywhere, and must not lead out of it."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
+from vil_lightning.checks import check_image_sizes, check_not_negative, check_shares
 from vil_lightning.data.crops import (
     SIMPLE_CROP_PADDING,
     Rng,
@@ -115,14 +116,24 @@ class MultiCrop(TrainingTransform):
         _check_scale("local_scale", local_scale)
         _check_ratio(ratio)
         _check_color_jitter(color_jitter)
-        probabilities = (hflip_prob, color_jitter_prob, grayscale_prob, *blur_probs, solarize_prob)
-        if not all(0 <= p <= 1 for p in probabilities):
-            raise ConfigError(f"data.train_transform: probabilities must be in [0, 1], got {probabilities}.")
+        check_shares(
+            "data.train_transform",
+            hflip_prob=hflip_prob,
+            color_jitter_prob=color_jitter_prob,
+            grayscale_prob=grayscale_prob,
+            solarize_prob=solarize_prob,
+        )
+        if not all(0 <= probability <= 1 for probability in blur_probs):
+            raise ConfigError(f"data.train_transform.blur_probs={blur_probs} must be three numbers in [0, 1].")
+        check_not_negative("data.train_transform", rotation=rotation)
+        if not 0 < blur_sigma[0] <= blur_sigma[1]:
+            raise ConfigError(f"data.train_transform.blur_sigma={blur_sigma} must satisfy 0 < smallest <= largest.")
         if num_local_views < 0 or global_size < 1 or local_size < 1:
             raise ConfigError(
                 f"data.train_transform.num_local_views={num_local_views} must not be negative, global_size={global_size} and "
                 f"local_size={local_size} must be at least 1 px."
             )
+        check_image_sizes("data.train_transform", global_size=global_size, local_size=local_size)
         if num_local_views and local_size > global_size:
             raise ConfigError(
                 f"data.train_transform.local_size={local_size} must not exceed global_size={global_size}."
@@ -225,6 +236,7 @@ class TrainTransform(TrainingTransform):
             raise ConfigError(
                 f"data.train_transform.img_size={img_size} must be at least {smallest} with crop={crop!r}."
             )
+        check_image_sizes("data.train_transform", img_size=img_size)
         _check_scale("scale", scale)
         _check_ratio(ratio)
         _check_color_jitter(color_jitter)

@@ -19,6 +19,7 @@ from torch import distributed
 from torchvision.utils import save_image
 
 import vil_lightning.data  # noqa: F401 - makes the short class names known
+from vil_lightning.checks import check_sections, check_values
 from vil_lightning.data.datamodule import ImageDataModule
 from vil_lightning.data.files import FileSource, paths_of
 from vil_lightning.data.loading import ImageSource, SubsetSource
@@ -47,6 +48,9 @@ def evaluate(args: list[str]) -> None:
     data.setup("fit")
     check_classes(data)
     subject = subject_of(built, data, first)
+    name = built.run_name or run_name_of(subject.backbone)
+    if not built.out and (Path(name).name != name or name in (".", "..")):
+        raise ConfigError(f"run_name={name!r} must be a plain folder name, without slashes; or set --out to a folder.")
     network = subject.build()
     check_input_size(network, data.img_size, "data.img_size")
     for task in built.tasks:
@@ -55,7 +59,6 @@ def evaluate(args: list[str]) -> None:
     if not first:
         return
 
-    name = built.run_name or run_name_of(subject.backbone)
     folder = Path(built.out) if built.out else EVALUATION_ROOT / name
     results = {
         "name": name,
@@ -133,7 +136,8 @@ def names_of(source: ImageSource, split: str) -> list[str]:
 
 def subject_parser(command: str) -> ArgumentParser:
     """What names a network and its images."""
-    parser = ArgumentParser(prog=f"python main.py {command}", description=__doc__)
+    usage = f"main.py {command} [--config FILE] [--KEY VALUE ...] [--help]"  # all options would bury an error's message
+    parser = ArgumentParser(prog=f"python main.py {command}", usage=usage, description=__doc__)
     parser.add_argument("--config", action="config", help="Recipe, see configs/evaluate.yaml.")
     parser.add_argument("--weights", type=str | None, default=None, help="Checkpoint; short for --backbone.weights.")
     parser.add_argument("--backbone", type=BackboneConfig, default=BackboneConfig(), help="The network.")
@@ -172,7 +176,9 @@ def embed_parser() -> ArgumentParser:
 
 def parse(parser: ArgumentParser, args: list[str]) -> tuple[Namespace, ImageDataModule]:
     """The arguments, with objects built, and the images."""
+    check_sections(args)
     config = parser.parse_args(args)
+    check_values({key: value for key, value in vars(config).items() if key != "config"})
     if config.weights is not None:
         config.backbone.weights = config.weights
     os.environ["PL_GLOBAL_SEED"] = str(config.seed)  # which data modules take theirs from

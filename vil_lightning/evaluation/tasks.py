@@ -229,6 +229,10 @@ class FewLabels(Task):
             raise ConfigError(f"FewLabels: num_draws={num_draws} must be at least 1, C={C} positive.")
         if not fractions and not per_class:
             raise ConfigError("FewLabels: fractions and per_class are both empty. Name at least one.")
+        if any(not 0 < fraction <= 1 for fraction in fractions) or any(count < 1 for count in per_class):
+            raise ConfigError(
+                f"FewLabels: fractions={list(fractions)} must be above 0 and at most 1, per_class={list(per_class)} at least 1."
+            )
         self.fractions = list(fractions)
         self.per_class = list(per_class)
         self.num_draws = num_draws

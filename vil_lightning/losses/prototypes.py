@@ -71,10 +71,11 @@ def patch_loss(student: Tensor, targets: Tensor, hidden: Tensor, temperature: fl
     Args:
         student: Logits (M, K) of the hidden patches, in the order of `hidden.nonzero()`.
         targets: Probabilities (M, K).
-        hidden: (B, N), True = hidden; M in all. Images without a hidden patch count as 0.
+        hidden: (B, N), True = hidden; M in all. Images without a hidden patch count as 0. May lie on the CPU, where reading it
+            does not wait for the device of the logits.
         temperature: Of the student.
     """
     log_probs = (student / temperature).log_softmax(-1)
     per_patch = -(targets * log_probs).sum(-1)  # (M,)
     share = hidden.sum(1, keepdim=True).clamp(min=1).to(student.dtype).reciprocal().expand_as(hidden)[hidden]
-    return (per_patch * share).sum() / len(hidden)
+    return (per_patch * share.to(student.device, non_blocking=True)).sum() / len(hidden)

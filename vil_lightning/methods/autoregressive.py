@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vil_lightning.backbones import VisionLSTM
+from vil_lightning.checks import check_sizes
 from vil_lightning.errors import ConfigError
 from vil_lightning.methods.backbone import BackboneConfig, build_backbone, check_input_size, resolve_backbone
 from vil_lightning.methods.clusters import check_causal, cluster_mask, encode_clusters, from_clusters, to_clusters
 from vil_lightning.methods.commands import finetune_command
-from vil_lightning.methods.masked import compile_blocks, freeze_readout, normalize_patches, patchify, unpatchify
+from vil_lightning.methods.compiling import CompileMode, check_compile, compile_blocks
+from vil_lightning.methods.masked import freeze_readout, normalize_patches, patchify, unpatchify
 from vil_lightning.methods.optimisation import Optimisation
 from vil_lightning.methods.randomness import seed_step
 from vil_lightning.schedules import Duration
@@ -50,7 +52,7 @@ class Autoregressive(L.LightningModule):
         final_lr: Learning rate at the end of the cosine; absolute.
         betas: Of AdamW.
         weight_decay: Never on biases, norms, position embeddings and the query token.
-        compile: Compile the blocks of encoder and decoder with torch.compile.
+        compile: Compile the blocks of encoder and decoder: true, default or max-autotune, see `compiling`.
 
     Durations are `"10 epochs"`, `"500 steps"`, `"10%"` or a fraction of the run below 1.
     """
@@ -68,9 +70,11 @@ class Autoregressive(L.LightningModule):
         final_lr: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.05,
-        compile: bool = False,
+        compile: CompileMode = False,
     ) -> None:
         super().__init__()
+        sizes = {"decoder_dim": decoder_dim, "decoder_depth": decoder_depth, "decoder_num_heads": decoder_num_heads}
+        check_sizes("model", 2**16, **sizes)
         self.backbone_config = resolve_backbone(backbone)
         self.optimisation = Optimisation(
             self.backbone_config, base_lr, lr_warmup, final_lr, betas, weight_decay, clip=3.0
@@ -88,9 +92,9 @@ class Autoregressive(L.LightningModule):
         self.depths = _depths(num_blocks, decoder_depth)
         pixels = 3 * self.patch_size[0] * self.patch_size[1]
         self.decoder = CrossAttentionDecoder(dim, decoder_dim, decoder_depth, decoder_num_heads, pixels)
-        if compile:
-            compile_blocks(self.backbone)
-            compile_blocks(self.decoder)
+        self.compile_mode = compile
+        compile_blocks(self.backbone, compile)
+        compile_blocks(self.decoder, compile)
 
     def _check_clusters(self, grid_size: tuple[int, int]) -> None:
         (h, w), side = grid_size, self.cluster_size
@@ -178,6 +182,7 @@ class Autoregressive(L.LightningModule):
     # --- checks before the first step, and reports --------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
+        check_compile(self, self.compile_mode, by_blocks=True)
         transform = getattr(getattr(self.trainer, "datamodule", None), "train_transform", None)
         size = getattr(transform, "img_size", None)
         if size is None:

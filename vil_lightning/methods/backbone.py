@@ -21,9 +21,11 @@ from vil_lightning.backbones.weights import (
 )
 from vil_lightning.errors import ConfigError
 from vil_lightning.methods.resuming import SETTINGS_KEY
+from vil_lightning.sharding import full
 
 CHECKPOINT_KEY = "backbone"  # what every method writes into its checkpoints: name and kwargs of its backbone
 CLASSES_KEY = "classes"  # what those with a classifier add: the names of its classes
+_DEEPEST = 10_000  # more blocks than a machine can build in a minute
 _PRETRAINED_KWARGS = (
     "pretrained",
     "pretrained_cfg",
@@ -129,6 +131,11 @@ def build_backbone(
             "timm.list_models() names all of them; ViL models start with 'vil'."
         )
     kwargs = config.kwargs
+    if isinstance(depth := kwargs.get("depth"), int | float) and depth > _DEEPEST:
+        raise ConfigError(f"model.backbone.kwargs.depth={depth} must be at most {_DEEPEST}.")
+    for key in ("drop_rate", "drop_path_rate"):  # which timm's models take as they come, up to the first batch
+        if isinstance(rate := kwargs.get(key), int | float) and not 0 <= rate < 1:
+            raise ConfigError(f"model.backbone.kwargs.{key}={rate} must be in [0, 1).")
     if kwargs.get("pretrained") and num_classes and not new_head:
         own = getattr(get_pretrained_cfg(name), "num_classes", num_classes)
         if own != num_classes:
@@ -138,7 +145,7 @@ def build_backbone(
             )
     try:
         model = timm.create_model(name, num_classes=num_classes, **kwargs)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+    except Exception as error:  # what timm's models raise for arguments out of range is of any kind
         raise ConfigError(f"model.backbone: {name} cannot be built with kwargs={kwargs}: {error}") from error
     if config.grad_checkpointing:
         try:
@@ -217,7 +224,7 @@ def weights_hash(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(full(value.detach()).cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

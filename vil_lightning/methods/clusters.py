@@ -105,7 +105,7 @@ def cluster_layout(
     sources = place.unfold(0, side, cluster_size).unfold(1, side, cluster_size).flatten(0, 1)[:num_clusters]
     later = sources // cluster_size**2 > torch.arange(num_clusters)[:, None, None]  # what lies outside is later, too
     sources = sources.masked_fill(later, num_clusters * cluster_size**2)
-    return ClusterLayout(side, side, rim, sources.flatten().to(device))
+    return ClusterLayout(side, side, rim, sources.flatten().to(device, non_blocking=True))
 
 
 def encode_clusters(backbone: nn.Module, images: Tensor, cluster_size: int, depths: list[int]) -> list[Tensor]:

@@ -18,6 +18,7 @@ from lightly.loss import DINOLoss
 from lightly.models.modules.heads import DINOProjectionHead
 from torch import Tensor, nn
 
+from vil_lightning.checks import check_positive, check_sizes
 from vil_lightning.errors import ConfigError
 from vil_lightning.methods.backbone import (
     BackboneConfig,
@@ -27,6 +28,7 @@ from vil_lightning.methods.backbone import (
     resolve_backbone,
 )
 from vil_lightning.methods.commands import probe_command
+from vil_lightning.methods.compiling import CompileMode, begin_step, check_compile, compile_network, resolve_mode
 from vil_lightning.methods.randomness import float32_weights, seed_step
 from vil_lightning.methods.self_distillation import (
     Auto,
@@ -66,7 +68,7 @@ class DINO(L.LightningModule):
         weight_decay: At the start; follows a cosine. Never on biases, norms and position embeddings.
         final_weight_decay: At the end.
         clip_grad: Largest L2 norm of a single tensor's gradient. `trainer.gradient_clip_val` (global norm) acts in addition.
-        compile: Compile both backbones with torch.compile.
+        compile: Compile both backbones: true, default, reduce-overhead or max-autotune, see `compiling`.
 
     What `"auto"` chooses is printed at the start of a run with its reason, see `vil_lightning.methods.small_data`; for
     ImageNet-1k it is the official value.
@@ -95,11 +97,12 @@ class DINO(L.LightningModule):
         weight_decay: float = 0.04,
         final_weight_decay: float = 0.4,
         clip_grad: float | None = 3.0,
-        compile: bool = False,
+        compile: CompileMode = False,
     ) -> None:
         super().__init__()
-        if student_temp <= 0:
-            raise ConfigError(f"model.student_temp={student_temp} must be positive.")
+        check_positive("model", student_temp=student_temp)
+        check_sizes("model", head_hidden_dim=head_hidden_dim, head_bottleneck_dim=head_bottleneck_dim)
+        check_sizes("model", num_prototypes=None if num_prototypes == "auto" else num_prototypes)
         if not 0 <= center_momentum <= 1:
             raise ConfigError(f"model.center_momentum={center_momentum} must be in [0, 1].")
         self.backbone_config = resolve_backbone(backbone)
@@ -122,7 +125,8 @@ class DINO(L.LightningModule):
         self.norm_last_layer = norm_last_layer
         self.student_temp = student_temp
         self.center_momentum = center_momentum
-        self.compile_backbones = compile
+        self.compile_mode = compile
+        resolve_mode(compile)
         self.num_prototypes = num_prototypes
         self._collapse = CollapseWatch()
         self.student = nn.ModuleDict({"backbone": build_backbone(self.backbone_config)})
@@ -149,9 +153,8 @@ class DINO(L.LightningModule):
         teacher = nn.ModuleDict({"backbone": build_backbone(self.backbone_config), "head": head()})
         self.teacher = start_teacher(teacher, self.student)
         self.loss = DINOLoss(num_prototypes, student_temp=self.student_temp, center_momentum=self.center_momentum)
-        if self.compile_backbones:
-            self.student["backbone"].compile()
-            self.teacher["backbone"].compile()
+        compile_network(self.student["backbone"], self.compile_mode)
+        compile_network(self.teacher["backbone"], self.compile_mode)
 
     # --- the method ---------------------------------------------------------------------------------------------------
 
@@ -166,6 +169,7 @@ class DINO(L.LightningModule):
         return self
 
     def training_step(self, batch: tuple[list[Tensor], Tensor], batch_idx: int) -> Tensor:
+        begin_step(self.compile_mode)
         self.distillation.start(self)
         views, _ = batch
         with torch.no_grad():
@@ -219,6 +223,7 @@ class DINO(L.LightningModule):
     # --- checks before the first step, and reports --------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
+        check_compile(self, self.compile_mode)
         transform = getattr(getattr(self.trainer, "datamodule", None), "train_transform", None)
         if transform is None or not hasattr(transform, "num_local_views"):
             raise ConfigError(

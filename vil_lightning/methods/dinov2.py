@@ -7,6 +7,7 @@ the official runs of the large models add what matters at their scale only (high
 from typing import Literal
 
 from vil_lightning.methods.backbone import BackboneConfig
+from vil_lightning.methods.compiling import CompileMode
 from vil_lightning.methods.ibot import IBOT
 from vil_lightning.methods.self_distillation import Auto
 from vil_lightning.schedules import Duration
@@ -58,7 +59,7 @@ class DINOv2(IBOT):
         weight_decay: float = 0.04,
         final_weight_decay: float = 0.4,
         clip_grad: float | None = 3.0,
-        compile: bool = False,
+        compile: CompileMode = False,
     ) -> None:
         super().__init__(
             backbone,

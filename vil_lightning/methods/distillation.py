@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vil_lightning.checks import check_image_sizes, check_sizes
 from vil_lightning.errors import ConfigError
 from vil_lightning.methods.backbone import (
     BackboneConfig,
@@ -38,6 +39,7 @@ from vil_lightning.methods.backbone import (
     weights_hash,
 )
 from vil_lightning.methods.commands import probe_command
+from vil_lightning.methods.compiling import CompileMode, begin_step, check_compile, compile_function
 from vil_lightning.methods.masked import freeze_readout
 from vil_lightning.methods.optimisation import Optimisation
 from vil_lightning.methods.randomness import seed_step
@@ -73,7 +75,7 @@ class Distillation(L.LightningModule):
         final_lr: Learning rate at the end of the cosine; absolute.
         betas: Of AdamW.
         weight_decay: Never on biases, norms and position embeddings.
-        compile: Compile both networks with torch.compile.
+        compile: Compile both networks: true, default, reduce-overhead or max-autotune, see `compiling`.
 
     Durations are `"10 epochs"`, `"500 steps"`, `"10%"` or a fraction of the run below 1.
     """
@@ -94,7 +96,7 @@ class Distillation(L.LightningModule):
         final_lr: float = 2e-5,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.05,
-        compile: bool = False,
+        compile: CompileMode = False,
     ) -> None:
         super().__init__()
         weights = {"image": image_weight, "patch": patch_weight}
@@ -102,9 +104,8 @@ class Distillation(L.LightningModule):
             raise ConfigError(
                 f"model.image_weight={image_weight} and model.patch_weight={patch_weight} must not be negative, nor both 0."
             )
-        for name, size in (("head_hidden_dim", head_hidden_dim), ("teacher_img_size", teacher_img_size)):
-            if size is not None and size < 1:
-                raise ConfigError(f"model.{name}={size} must be at least 1.")
+        check_sizes("model", head_hidden_dim=head_hidden_dim)
+        check_image_sizes("model", teacher_img_size=teacher_img_size)
         if teacher_std is not None and min(teacher_std) <= 0:
             raise ConfigError(f"model.teacher_std={list(teacher_std)} must be positive.")
         self.backbone_config = resolve_backbone(backbone)
@@ -128,7 +129,8 @@ class Distillation(L.LightningModule):
         self.target.eval()
         widths = {name: (_widths(self.backbone)[name], _widths(self.target)[name]) for name in self.loss_weights}
         self.heads = nn.ModuleDict({name: _head(*width, head_hidden_dim) for name, width in widths.items()})
-        self.encode = torch.compile(encode) if compile else encode
+        self.compile_mode = compile
+        self.encode = compile_function(encode, compile)
         self.register_state_dict_post_hook(_leave_out_teacher)
         self.register_load_state_dict_post_hook(_do_not_miss_teacher)
 
@@ -150,14 +152,15 @@ class Distillation(L.LightningModule):
         renormalize = self.teacher_norm != self.data_norm
         if size == images.shape[-1] and not renormalize:
             return images
-        mean, std = (torch.tensor(value, device=images.device).view(3, 1, 1) for value in self.data_norm)
+        mean, std = per_channel(self.data_norm, images.device)
         pixels = images.float() * std + mean
         if size != images.shape[-1]:  # as with images of 8 bits, bicubic filters do not leave the range of a pixel
             pixels = F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        mean, std = (torch.tensor(value, device=images.device).view(3, 1, 1) for value in self.teacher_norm)
+        mean, std = per_channel(self.teacher_norm, images.device)
         return ((pixels - mean) / std).to(images.dtype)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        begin_step(self.compile_mode)
         self.optimisation.start(self)
         images, _ = batch
         parts = tuple(self.loss_weights)
@@ -225,6 +228,7 @@ class Distillation(L.LightningModule):
         }
 
     def on_fit_start(self) -> None:
+        check_compile(self, self.compile_mode)
         transform = getattr(getattr(self.trainer, "datamodule", None), "train_transform", None)
         size = getattr(transform, "img_size", None)
         if size is None:
@@ -293,6 +297,12 @@ class Distillation(L.LightningModule):
                 f"ckpt_path: the checkpoint's heads are {saved}, here they are {heads}. Resume with the model.image_weight, "
                 "model.patch_weight and model.head_hidden_dim of that run."
             )
+
+
+def per_channel(norm: tuple[tuple[float, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (3, 1, 1) each. Copied without waiting for the device, which `torch.tensor(..., device=)` would."""
+    mean, std = (torch.tensor(value).view(3, 1, 1).to(device, non_blocking=True) for value in norm)
+    return mean, std
 
 
 # --- what is compared -------------------------------------------------------------------------------------------------

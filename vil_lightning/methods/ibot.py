@@ -23,9 +23,10 @@ from lightly.models.modules.heads import DINOProjectionHead
 from torch import Tensor, nn
 
 from vil_lightning.backbones import VisionLSTM
+from vil_lightning.checks import check_positive, check_sizes
 from vil_lightning.errors import ConfigError
 from vil_lightning.losses.prototypes import centered_targets, patch_loss, sinkhorn_targets, view_loss
-from vil_lightning.masking import uneven_block_mask
+from vil_lightning.masking import hidden_places, uneven_block_mask
 from vil_lightning.methods.backbone import (
     BackboneConfig,
     build_backbone,
@@ -35,7 +36,8 @@ from vil_lightning.methods.backbone import (
     resolve_backbone,
 )
 from vil_lightning.methods.commands import probe_command
-from vil_lightning.methods.masked import check_maskable, compile_blocks, encode_masked
+from vil_lightning.methods.compiling import CompileMode, check_compile, compile_blocks, resolve_mode
+from vil_lightning.methods.masked import check_maskable, encode_masked
 from vil_lightning.methods.randomness import float32_weights, seed_step
 from vil_lightning.methods.self_distillation import (
     Auto,
@@ -89,7 +91,7 @@ class IBOT(L.LightningModule):
         weight_decay: At the start; follows a cosine. Never on biases, norms, position embeddings and the mask token.
         final_weight_decay: At the end.
         clip_grad: Largest L2 norm of a single tensor's gradient. `trainer.gradient_clip_val` (global norm) acts in addition.
-        compile: Compile the blocks of both backbones with torch.compile.
+        compile: Compile the blocks of both backbones: true, default or max-autotune, see `compiling`.
 
     What `"auto"` chooses is printed at the start of a run with its reason, see `vil_lightning.methods.small_data`.
     Durations are `"10 epochs"`, `"500 steps"`, `"10%"` or a fraction of the run below 1.
@@ -133,11 +135,12 @@ class IBOT(L.LightningModule):
         weight_decay: float = 0.04,
         final_weight_decay: float = 0.4,
         clip_grad: float | None = 3.0,
-        compile: bool = False,
+        compile: CompileMode = False,
     ) -> None:
         super().__init__()
-        if student_temp <= 0:
-            raise ConfigError(f"model.student_temp={student_temp} must be positive.")
+        check_positive("model", student_temp=student_temp)
+        check_sizes("model", head_hidden_dim=head_hidden_dim, head_bottleneck_dim=head_bottleneck_dim)
+        check_sizes("model", num_prototypes=None if num_prototypes == "auto" else num_prototypes)
         for key, value in (("mask_prob", mask_prob), ("center_momentum", center_momentum)):
             if not 0 <= value <= 1:
                 raise ConfigError(f"model.{key}={value} must be in [0, 1].")
@@ -183,7 +186,8 @@ class IBOT(L.LightningModule):
         self.balance = targets
         self.student_temp = student_temp
         self.center_momentum = center_momentum
-        self.compile_blocks = compile
+        self.compile_mode = compile
+        resolve_mode(compile)
         self.koleo = KoLeoLoss()
         self._collapse = CollapseWatch()
         body = build_backbone(self.backbone_config)
@@ -227,9 +231,8 @@ class IBOT(L.LightningModule):
         self.teacher = start_teacher(add_heads(teacher), self.student)
         self.image_center = Center((1, num_prototypes), momentum=self.center_momentum)
         self.patch_center = Center((1, num_prototypes), momentum=self.center_momentum)
-        if self.compile_blocks:
-            compile_blocks(self.student["backbone"])
-            compile_blocks(self.teacher["backbone"])
+        compile_blocks(self.student["backbone"], self.compile_mode)
+        compile_blocks(self.teacher["backbone"], self.compile_mode)
 
     # --- the method ---------------------------------------------------------------------------------------------------
 
@@ -244,10 +247,10 @@ class IBOT(L.LightningModule):
         return self
 
     def draw_mask(self, images: Tensor) -> Tensor:
-        """A mask (B, N), True where hidden."""
+        """A mask (B, N), True where hidden; on the CPU, where reading it waits for nothing."""
         embed: Any = self.student["backbone"].patch_embed
         grid_size = (images.shape[2] // embed.patch_size[0], images.shape[3] // embed.patch_size[1])
-        return uneven_block_mask(len(images), grid_size, self.mask_prob, self.mask_ratio, images.device)
+        return uneven_block_mask(len(images), grid_size, self.mask_prob, self.mask_ratio)
 
     @torch.no_grad()
     def teacher_scores(self, large: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -258,17 +261,20 @@ class IBOT(L.LightningModule):
         vectors = normalized(head, read_patches(self.teacher["backbone"], tokens, self.shared_head))  # (2 B, N, .)
         # The last layer is linear: the mean of all scores is the score of the mean, and 2 B N K numbers need not exist.
         mean = head.last_layer(vectors.flatten(0, 1).mean(0, keepdim=True))  # type: ignore[operator]
-        return images.float(), head.last_layer(vectors[hidden]).float(), mean.float()  # type: ignore[operator]
+        chosen = take_patches(vectors, hidden)
+        return images.float(), head.last_layer(chosen).float(), mean.float()  # type: ignore[operator]
 
     def student_scores(self, views: list[Tensor], hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scores of all views (V B, K) and of the hidden patches (M, K), and the pooled vectors of all views (V B, D)."""
         backbone, token = self.student["backbone"], self.student["mask_token"].weight
-        tokens = encode_masked(backbone, torch.cat(views[:2]), hidden, token)  # type: ignore[arg-type]
+        large = torch.cat(views[:2])
+        on_device = hidden.to(large.device, non_blocking=True)
+        tokens = encode_masked(backbone, large, on_device, token)  # type: ignore[arg-type]
         pooled = [backbone.forward_head(tokens)]  # type: ignore[operator]
         pooled += [backbone(same_size) for same_size in concat_by_size(views[2:])]
         features = torch.cat(pooled)
         head = self._patch_head(self.student)
-        patches = head(read_patches(backbone, tokens, self.shared_head)[hidden])
+        patches = head(take_patches(read_patches(backbone, tokens, self.shared_head), hidden))
         return self.student["image_head"](features).float(), patches.float(), features.float()
 
     def _patch_head(self, network: nn.ModuleDict) -> nn.Module:
@@ -352,6 +358,7 @@ class IBOT(L.LightningModule):
     # --- checks before the first step, and reports --------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
+        check_compile(self, self.compile_mode, by_blocks=True)
         data = getattr(self.trainer, "datamodule", None)
         transform = getattr(data, "train_transform", None)
         if transform is None or not hasattr(transform, "num_local_views"):
@@ -438,6 +445,12 @@ def read_patches(backbone: nn.Module, tokens: Tensor, as_images: bool) -> Tensor
     if not as_images or not reads_single_patches(backbone):
         return patches
     return backbone.forward_head(patches.flatten(0, 1)[:, None]).unflatten(0, patches.shape[:2])  # type: ignore[operator]
+
+
+def take_patches(patches: Tensor, hidden: Tensor) -> Tensor:
+    """The hidden ones (M, D) of all patches (B, N, D); `hidden` (B, N) may lie on the CPU."""
+    places = hidden_places(hidden).to(patches.device, non_blocking=True)
+    return patches.flatten(0, 1).index_select(0, places)
 
 
 def normalized(head: nn.Module, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from lightly.loss.lejepa_loss import lejepa_invariance_loss
 from lightly.models.modules.heads import LeJEPAProjectionHead
 from torch import Tensor, nn
 
+from vil_lightning.checks import check_sizes
 from vil_lightning.errors import ConfigError
 from vil_lightning.methods.backbone import (
     BackboneConfig,
@@ -27,6 +28,7 @@ from vil_lightning.methods.backbone import (
     resolve_backbone,
 )
 from vil_lightning.methods.commands import probe_command
+from vil_lightning.methods.compiling import CompileMode, begin_step, check_compile, compile_network
 from vil_lightning.methods.optimisation import Optimisation
 from vil_lightning.methods.randomness import seed_step
 from vil_lightning.methods.self_distillation import concat_by_size
@@ -47,7 +49,7 @@ class LeJEPA(L.LightningModule):
         final_lr: Learning rate at the end of the cosine; absolute.
         betas: Of AdamW.
         weight_decay: Never on biases, norms and position embeddings.
-        compile: Compile the backbone with torch.compile.
+        compile: Compile the backbone: true, default, reduce-overhead or max-autotune, see `compiling`.
 
     Durations are `"10 epochs"`, `"500 steps"`, `"10%"` or a fraction of the run below 1. SIGReg looks at the images of one
     device's batch, or of all devices' under DDP; accumulated batches are looked at one by one.
@@ -65,15 +67,14 @@ class LeJEPA(L.LightningModule):
         final_lr: float = 1e-6,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.05,
-        compile: bool = False,
+        compile: CompileMode = False,
     ) -> None:
         super().__init__()
         if not 0 < sigreg_weight <= 1:
             raise ConfigError(
                 f"model.sigreg_weight={sigreg_weight} must be in (0, 1]: without SIGReg all embeddings become one."
             )
-        if num_directions < 1:
-            raise ConfigError(f"model.num_directions={num_directions} must be at least 1.")
+        check_sizes("model", num_directions=num_directions, head_hidden_dim=head_hidden_dim, proj_dim=proj_dim)
         self.backbone_config = resolve_backbone(backbone)
         self.optimisation = Optimisation(self.backbone_config, base_lr, lr_warmup, final_lr, betas, weight_decay)
         self.sigreg_weight = sigreg_weight
@@ -81,8 +82,8 @@ class LeJEPA(L.LightningModule):
         self.head = LeJEPAProjectionHead(feature_dim(self.backbone), head_hidden_dim, proj_dim)
         # Gathering does nothing on a single process.
         self.loss = LeJEPALoss(sigreg_weight, gather_distributed=True, sigreg_num_vectors=num_directions)
-        if compile:
-            self.backbone.compile()
+        self.compile_mode = compile
+        compile_network(self.backbone, compile)
 
     # --- the method ---------------------------------------------------------------------------------------------------
 
@@ -91,6 +92,7 @@ class LeJEPA(L.LightningModule):
         return self.backbone(images)
 
     def training_step(self, batch: tuple[list[Tensor], Tensor], batch_idx: int) -> Tensor:
+        begin_step(self.compile_mode)
         self.optimisation.start(self)
         views, _ = batch
         features = torch.cat([self.backbone(same_size) for same_size in concat_by_size(views)])  # (V B, D)
@@ -141,6 +143,7 @@ class LeJEPA(L.LightningModule):
     # --- checks before the first step, and reports --------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
+        check_compile(self, self.compile_mode)
         transform: Any = getattr(getattr(self.trainer, "datamodule", None), "train_transform", None)
         if not getattr(transform, "num_local_views", 0):
             raise ConfigError(

@@ -32,6 +32,7 @@ from vil_lightning.methods.backbone import (
     resolve_backbone,
     weights_hash,
 )
+from vil_lightning.methods.fully_sharded import refuse_sharding
 from vil_lightning.optim import scale_lr
 
 # Read-outs of normalised patch tokens (B, S, D). `last4` is made of intermediate layers, see `extract_features`.
@@ -113,6 +114,7 @@ class LinearProbe(L.LightningModule):
             )
         if self.trainer.world_size > 1:
             raise ConfigError("LinearProbe runs on one device: set trainer.devices=1.")
+        refuse_sharding(self.trainer, "LinearProbe", "it runs on one device", "auto")
         if not getattr(getattr(self.trainer, "datamodule", None), "labelled", True):
             raise ConfigError(
                 "LinearProbe trains classifiers, but the images have no classes (data.labelled=false, or a split without "

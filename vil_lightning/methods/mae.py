@@ -21,6 +21,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from vil_lightning.checks import check_sizes
 from vil_lightning.errors import ConfigError
 from vil_lightning.masking import MASK_KINDS, hidden_except, hidden_mask, num_hidden, visible_positions
 from vil_lightning.methods.backbone import (
@@ -31,9 +32,9 @@ from vil_lightning.methods.backbone import (
     resolve_backbone,
 )
 from vil_lightning.methods.commands import finetune_command
+from vil_lightning.methods.compiling import CompileMode, check_compile, compile_blocks
 from vil_lightning.methods.masked import (
     check_maskable,
-    compile_blocks,
     encode_masked,
     encode_visible,
     freeze_readout,
@@ -66,7 +67,7 @@ class MAE(L.LightningModule):
         final_lr: Learning rate at the end of the cosine; absolute.
         betas: Of AdamW.
         weight_decay: Never on biases, norms, position embeddings and mask tokens.
-        compile: Compile the blocks of encoder and decoder with torch.compile.
+        compile: Compile the blocks of encoder and decoder: true, default or max-autotune, see `compiling`.
 
     Durations are `"10 epochs"`, `"500 steps"`, `"10%"` or a fraction of the run below 1.
     """
@@ -87,11 +88,13 @@ class MAE(L.LightningModule):
         final_lr: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.05,
-        compile: bool = False,
+        compile: CompileMode = False,
     ) -> None:
         super().__init__()
         if mask_kind not in MASK_KINDS:
             raise ConfigError(f"model.mask_kind={mask_kind!r} is not known. Available: {', '.join(MASK_KINDS)}.")
+        sizes = {"decoder_dim": decoder_dim, "decoder_depth": decoder_depth, "decoder_num_heads": decoder_num_heads}
+        check_sizes("model", 2**16, **sizes)
         self.backbone_config = resolve_backbone(backbone)
         self.optimisation = Optimisation(self.backbone_config, base_lr, lr_warmup, final_lr, betas, weight_decay)
         self.mask_ratio = mask_ratio
@@ -116,9 +119,9 @@ class MAE(L.LightningModule):
         nn.init.normal_(self.mask_token, std=0.02)
         nn.init.xavier_uniform_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        if compile:
-            compile_blocks(self.backbone)
-            compile_blocks(self.decoder)
+        self.compile_mode = compile
+        compile_blocks(self.backbone, compile)
+        compile_blocks(self.decoder, compile)
 
     def _check_mask(self, grid_size: tuple[int, int]) -> None:
         hidden, total = num_hidden(self.mask_kind, grid_size, self.mask_ratio), grid_size[0] * grid_size[1]
@@ -213,6 +216,7 @@ class MAE(L.LightningModule):
     # --- checks before the first step, and reports --------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
+        check_compile(self, self.compile_mode, by_blocks=True)
         transform = getattr(getattr(self.trainer, "datamodule", None), "train_transform", None)
         size = getattr(transform, "img_size", None)
         if size is None:

@@ -82,12 +82,6 @@ def _transformer(backbone: VisionTransformer, x: Tensor) -> Tensor:
     return backbone.norm(x)
 
 
-def compile_blocks(network: nn.Module) -> None:
-    """Compile every block in place. (Compiling the network would compile `forward`, which masked methods do not call.)"""
-    for block in network.blocks:  # type: ignore[union-attr]
-        block.compile()
-
-
 def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
     """(B, C, H, W) -> pixels of each patch (B, N, p_h * p_w * C), patches in row-major order."""
     p_h, p_w = patch_size

@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from vil_lightning.errors import ConfigError
+from vil_lightning.checks import check_betas, check_not_negative, check_positive
 from vil_lightning.methods.backbone import (
     CHECKPOINT_KEY,
     BackboneConfig,
@@ -18,7 +18,7 @@ from vil_lightning.methods.backbone import (
     recorded_backbone,
 )
 from vil_lightning.methods.divergence import FiniteCheck
-from vil_lightning.methods.optimisers import adamw, set_lr
+from vil_lightning.methods.optimisers import adamw, on_cpu, set_lr
 from vil_lightning.methods.resuming import check_batch, check_settings, record_batch, record_settings
 from vil_lightning.methods.run_length import global_batch_size, resolve_durations
 from vil_lightning.optim import clip_grad_per_tensor, scale_lr
@@ -51,8 +51,9 @@ class Optimisation:
         lr_batch_size: int = 256,
         clip: float = 1.0,
     ) -> None:
-        if base_lr <= 0:
-            raise ConfigError(f"model.base_lr={base_lr} must be positive.")
+        check_positive("model", base_lr=base_lr, lr_batch_size=lr_batch_size)
+        check_not_negative("model", final_lr=final_lr, weight_decay=weight_decay)
+        check_betas(betas)
         self.backbone_config = backbone_config
         self.base_lr = base_lr
         self.lr_warmup = lr_warmup
@@ -89,7 +90,7 @@ class Optimisation:
     def after_step(self, module: L.LightningModule) -> None:
         """In `optimizer_step`, after `super()`."""
         self.finite.watch_grad_norm(module, self.grad_norm)
-        module.log_dict({"schedule/lr": self.lr, "train/grad_norm": self.grad_norm})
+        module.log_dict({"schedule/lr": on_cpu(self.lr), "train/grad_norm": self.grad_norm})
 
     # --- optimiser ----------------------------------------------------------------------------------------------------
 

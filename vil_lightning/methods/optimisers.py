@@ -1,8 +1,8 @@
-"""AdamW as all methods here use it."""
+"""AdamW as all methods here use it, and its settings of a step."""
 
 import lightning as L
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vil_lightning.optim import weight_decay_groups
 
@@ -30,3 +30,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """The learning rate of this step, times the `lr_scale` of each group."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
+
+
+def on_cpu(value: float) -> Tensor:
+    """A number as it is to be logged in every step: of a plain one, Lightning makes a tensor on the device and waits for it."""
+    return torch.tensor(value)

@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 
 from vil_lightning.errors import ConfigError
+from vil_lightning.methods.fully_sharded import check_strategy
 from vil_lightning.schedules import Duration, resolve_steps
 
 
@@ -38,7 +39,12 @@ def resolve_durations(trainer: L.Trainer, durations: dict[str, Duration]) -> dic
 
 
 def global_batch_size(trainer: L.Trainer) -> int:
-    """Images per optimiser step, over all devices and accumulated batches."""
+    """Images per optimiser step, over all devices and accumulated batches.
+
+    Raises:
+        ConfigError: If nothing says how many, or under a strategy that splits more than batches.
+    """
+    check_strategy(trainer)
     per_device = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
     if per_device is None:
         raise ConfigError("The learning rate is scaled with the batch: use a data module that has a batch_size.")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vil_lightning.checks import check_image_sizes, check_sizes
 from vil_lightning.dense import (
     IGNORED,
     Confusion,
@@ -31,6 +32,7 @@ from vil_lightning.methods.backbone import (
     resolve_backbone,
     weights_hash,
 )
+from vil_lightning.methods.fully_sharded import refuse_sharding
 from vil_lightning.methods.optimisation import Optimisation
 from vil_lightning.methods.optimisers import adamw
 from vil_lightning.methods.randomness import float32_weights, seed_step
@@ -102,6 +104,8 @@ class Segmentation(L.LightningModule):
         for name, size in {"width": width, "eval_size": eval_size, "window": window, "poly_power": poly_power}.items():
             if size is not None and size <= 0:
                 raise ConfigError(f"model.{name}={size} must be positive, or null.")
+        check_sizes("model", 2**16, width=width)
+        check_image_sizes("model", eval_size=eval_size)
         if aux_weight is not None and aux_weight < 0:
             raise ConfigError(f"model.aux_weight={aux_weight} must not be negative.")
         if layer_decay is not None and not 0 < layer_decay <= 1:
@@ -168,6 +172,8 @@ class Segmentation(L.LightningModule):
             raise ConfigError(
                 "Segmentation writes no predictions. Use `validate` to score it; `forward` gives the logits."
             )
+        reason = "images differ in size and number of windows, so that processes would wait for one another"
+        refuse_sharding(self.trainer, "Segmentation", reason, "ddp")
 
     @float32_weights()
     def configure_model(self) -> None:

@@ -13,6 +13,7 @@ from lightly.models.utils import update_momentum
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from vil_lightning.checks import check_not_negative, check_positive, check_shares
 from vil_lightning.errors import ConfigError
 from vil_lightning.methods.backbone import (
     CHECKPOINT_KEY,
@@ -21,7 +22,7 @@ from vil_lightning.methods.backbone import (
     recorded_backbone,
 )
 from vil_lightning.methods.divergence import FiniteCheck
-from vil_lightning.methods.optimisers import adamw, set_lr
+from vil_lightning.methods.optimisers import adamw, on_cpu, set_lr
 from vil_lightning.methods.resuming import check_batch, record_batch
 from vil_lightning.methods.run_length import global_batch_size, resolve_durations
 from vil_lightning.methods.small_data import choose_teacher_momentum, choose_teacher_temp
@@ -77,14 +78,11 @@ class SelfDistillation:
         layer_decay: float = 1.0,
         patch_embed_lr_scale: float = 1.0,
     ) -> None:
-        temps = {"teacher_temp": teacher_temp, "warmup_teacher_temp": warmup_teacher_temp, "base_lr": base_lr}
-        for name, value in temps.items():
-            if value != "auto" and value <= 0:
-                raise ConfigError(f"model.{name}={value} must be positive.")
-        momenta = {"teacher_momentum": teacher_momentum, "final_teacher_momentum": final_teacher_momentum}
-        for name, value in momenta.items():
-            if value != "auto" and not 0 <= value <= 1:
-                raise ConfigError(f"model.{name}={value} must be in [0, 1].")
+        fixed_temp, fixed_momentum = (None if x == "auto" else x for x in (teacher_temp, teacher_momentum))
+        check_positive("model", teacher_temp=fixed_temp, warmup_teacher_temp=warmup_teacher_temp, base_lr=base_lr)
+        check_positive("model", lr_batch_size=lr_batch_size, clip_grad=clip_grad)
+        check_not_negative("model", final_lr=final_lr, weight_decay=weight_decay, final_weight_decay=final_weight_decay)
+        check_shares("model", teacher_momentum=fixed_momentum, final_teacher_momentum=final_teacher_momentum)
         for name, value in (("layer_decay", layer_decay), ("patch_embed_lr_scale", patch_embed_lr_scale)):
             if not 0 < value <= 1:
                 raise ConfigError(f"model.{name}={value} must be in (0, 1].")
@@ -152,7 +150,7 @@ class SelfDistillation:
         update_momentum(student, teacher, self.applied["teacher_momentum"])
         for teacher_buffer, student_buffer in zip(teacher.buffers(), student.buffers(), strict=True):
             teacher_buffer.copy_(student_buffer)
-        module.log_dict({f"schedule/{name}": value for name, value in self.applied.items()})
+        module.log_dict({f"schedule/{name}": on_cpu(value) for name, value in self.applied.items()})
         module.log("train/grad_norm", self.grad_norm)
 
     # --- schedules and optimiser --------------------------------------------------------------------------------------

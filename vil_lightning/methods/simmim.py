@@ -23,9 +23,9 @@ from vil_lightning.methods.backbone import (
     resolve_backbone,
 )
 from vil_lightning.methods.commands import finetune_command
+from vil_lightning.methods.compiling import CompileMode, check_compile, compile_blocks
 from vil_lightning.methods.masked import (
     check_maskable,
-    compile_blocks,
     encode_masked,
     freeze_readout,
     patchify,
@@ -50,7 +50,7 @@ class SimMIM(L.LightningModule):
         final_lr: Learning rate at the end of the cosine; absolute.
         betas: Of AdamW.
         weight_decay: Never on biases, norms, position embeddings and the mask token.
-        compile: Compile the blocks of the encoder with torch.compile.
+        compile: Compile the blocks of the encoder: true, default or max-autotune, see `compiling`.
 
     Durations are `"10 epochs"`, `"500 steps"`, `"10%"` or a fraction of the run below 1.
     """
@@ -65,7 +65,7 @@ class SimMIM(L.LightningModule):
         final_lr: float = 1e-6,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.05,
-        compile: bool = False,
+        compile: CompileMode = False,
     ) -> None:
         super().__init__()
         if mask_unit < 1:
@@ -86,8 +86,8 @@ class SimMIM(L.LightningModule):
         self.mask_token = nn.Parameter(torch.zeros(dim))
         nn.init.normal_(self.mask_token, std=0.02)
         self.head = nn.Linear(dim, 3 * self.patch_size[0] * self.patch_size[1])
-        if compile:
-            compile_blocks(self.backbone)
+        self.compile_mode = compile
+        compile_blocks(self.backbone, compile)
 
     def _check_mask(self, grid_size: tuple[int, int]) -> None:
         if grid_size[0] % self.mask_unit or grid_size[1] % self.mask_unit:
@@ -175,6 +175,7 @@ class SimMIM(L.LightningModule):
     # --- checks before the first step, and reports --------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
+        check_compile(self, self.compile_mode, by_blocks=True)
         transform = getattr(getattr(self.trainer, "datamodule", None), "train_transform", None)
         size = getattr(transform, "img_size", None)
         if size is None:

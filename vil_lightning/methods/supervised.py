@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from vil_lightning.checks import check_sizes
 from vil_lightning.errors import ConfigError
 from vil_lightning.methods.backbone import (
     CHECKPOINT_KEY,
@@ -38,15 +39,20 @@ from vil_lightning.methods.backbone import (
     recorded_num_classes,
     resolve_backbone,
 )
+from vil_lightning.methods.compiling import CompileMode, begin_step, check_compile, compile_network, resolve_mode
 from vil_lightning.methods.divergence import FiniteCheck
-from vil_lightning.methods.optimisers import adamw, set_lr
+from vil_lightning.methods.fully_sharded import refuse_sharding
+from vil_lightning.methods.optimisers import adamw, on_cpu, set_lr
 from vil_lightning.methods.randomness import float32_weights, seed_step
 from vil_lightning.methods.resuming import SETTINGS_KEY, check_batch, check_settings, record_batch, record_settings
 from vil_lightning.methods.run_length import global_batch_size, resolve_durations
 from vil_lightning.optim import clip_grad_per_tensor, layer_lr_scales, scale_lr, weight_decay_groups
 from vil_lightning.schedules import Duration, linear_cosine
+from vil_lightning.sharding import local
 
 _BINARY = "binary_cross_entropy"
+# Others look at more of a matrix than a slice, keep states of other shapes, or have not been compared.
+_SHARDED_OPTIMIZERS = ("adamw", "lamb", "sgd")
 
 
 class Supervised(L.LightningModule):
@@ -81,7 +87,7 @@ class Supervised(L.LightningModule):
         ema_decay: Keep a moving average of the weights with this decay per step, and score it, too. It is what other recipes
             then take from the checkpoint. None for none. (It moves also in a step that a gradient scaler skips.)
         predict_top_k: Classes per image that `predict` returns.
-        compile: Compile the network with torch.compile.
+        compile: Compile the network: true, default, reduce-overhead or max-autotune, see `compiling`.
 
     Durations are `"10 epochs"`, `"500 steps"`, `"10%"` or a fraction of the run below 1. Clip gradients with
     `trainer.gradient_clip_val` (global norm; 1.0 in the ViL recipes).
@@ -113,7 +119,7 @@ class Supervised(L.LightningModule):
         layer_decay: float | None = None,
         ema_decay: float | None = None,
         predict_top_k: int = 5,
-        compile: bool = False,
+        compile: CompileMode = False,
     ) -> None:
         super().__init__()
         _check_ranges(
@@ -134,8 +140,7 @@ class Supervised(L.LightningModule):
                 "betas[1]": betas[1],
             },
         )
-        if num_classes is not None and num_classes < 1:
-            raise ConfigError(f"model.num_classes={num_classes} must be positive, or null.")
+        check_sizes("model", 2**24, num_classes=num_classes)
         if layer_decay is not None and not 0 < layer_decay <= 1:
             raise ConfigError(f"model.layer_decay={layer_decay} must be in (0, 1], or null for none.")
         if target_threshold is not None and loss != "binary_cross_entropy":
@@ -170,7 +175,8 @@ class Supervised(L.LightningModule):
         self.ema_decay = ema_decay
         self.predict_top_k = predict_top_k
         self.predict_per_class = loss == _BINARY
-        self.compile_backbone = compile
+        self.compile_mode = compile
+        resolve_mode(compile)
         self.classes: list[str] = []
         self.loss_name = loss
         self.loss: nn.Module
@@ -217,11 +223,10 @@ class Supervised(L.LightningModule):
             self.predict_per_class = self.predict_per_class or recorded_loss(self.backbone_config) == _BINARY
         self._freeze()
         if self.ema_decay is not None:
-            self.ema = ModelEmaV3(self.backbone, decay=self.ema_decay).requires_grad_(False)
-        if self.compile_backbone:
-            self.backbone.compile()
-            if self.ema is not None:
-                self.ema.module.compile()
+            self.ema = MovingAverage(self.backbone, decay=self.ema_decay).requires_grad_(False)
+        compile_network(self.backbone, self.compile_mode)
+        if self.ema is not None:
+            compile_network(self.ema.module, self.compile_mode)
         if (self.mixup_alpha or self.cutmix_alpha) and self.mix_prob:
             self.mixup = Mixup(
                 self.mixup_alpha,
@@ -274,6 +279,7 @@ class Supervised(L.LightningModule):
             raise ConfigError(f"model.freeze={list(self.freeze_prefixes)} leaves nothing to train.")
 
     def setup(self, stage: str) -> None:
+        check_compile(self, self.compile_mode)
         data: Any = getattr(self.trainer, "datamodule", None)
         if stage != "predict" and not getattr(data, "labelled", True):
             raise ConfigError(
@@ -316,6 +322,7 @@ class Supervised(L.LightningModule):
         seed_step(self.trainer, batch_idx)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        begin_step(self.compile_mode)
         self._finite.raise_if_not_finite(self, self.scheduled_lr())
         images, labels = batch
         if self.erase_prob:
@@ -366,7 +373,7 @@ class Supervised(L.LightningModule):
         self._finite.watch_grad_norm(self, self._grad_norm)
         if self.ema is not None:  # here, so that a checkpoint written after this batch holds it
             self.ema.update(self.backbone)
-        self.log_dict({"schedule/lr": lr, "train/grad_norm": self._grad_norm})
+        self.log_dict({"schedule/lr": on_cpu(lr), "train/grad_norm": self._grad_norm})
 
     def scheduled_lr(self) -> float:
         """Learning rate at the current optimiser step, before layer-wise decay."""
@@ -376,6 +383,9 @@ class Supervised(L.LightningModule):
         )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.optimizer not in _SHARDED_OPTIMIZERS:
+            reason = f"of timm's optimisers only {', '.join(_SHARDED_OPTIMIZERS)} are known to train the same on slices"
+            refuse_sharding(self.trainer, f"model.optimizer={self.optimizer}", reason, "ddp")
         durations = {"lr_warmup": self.lr_warmup, "head_only": self.head_only}
         self.schedule_steps = resolve_durations(self.trainer, durations)
         head = [p for name, p in self.backbone.named_parameters() if name.startswith(self._head_names())]
@@ -546,6 +556,20 @@ class Supervised(L.LightningModule):
                 f"ckpt_path: {name} is {shape} in the checkpoint, but {tuple(self.state_dict()[name].shape)} here. --ckpt_path "
                 "continues a run; to start a new one from its weights use --model.backbone.weights (and model.new_head)."
             )
+
+
+class MovingAverage(ModelEmaV3):
+    """timm's, which also works slice by slice if network and average are sharded."""
+
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        averages, values = [], []
+        for average, value in zip(self.module.state_dict().values(), model.state_dict().values(), strict=True):
+            if average.is_floating_point():
+                averages.append(local(average))
+                values.append(local(value))
+            else:
+                average.copy_(value)
+        self._foreach_lerp_(averages, values, weight=1.0 - decay)
 
 
 def _check_ranges(

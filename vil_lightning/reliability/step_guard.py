@@ -97,7 +97,11 @@ class StepGuard(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         _check_same_start(trainer)
-        if self.policy.roll_back and type(trainer.strategy).__name__ in ("ModelParallelStrategy", "FSDPStrategy"):
+        if self.policy.roll_back and type(trainer.strategy).__name__ in (
+            "FullyShardedStrategy",
+            "ModelParallelStrategy",
+            "FSDPStrategy",
+        ):
             raise ConfigError(
                 "faults.roll_back=true cannot be used with sharded weights "
                 f"(trainer.strategy={type(trainer.strategy).__name__})."
