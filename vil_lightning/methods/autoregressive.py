@@ -101,7 +101,7 @@ class Autoregressive(L.LightningModule):
         if side < 1 or h % side or w % side or h * w == side**2:
             raise ConfigError(
                 f"model.cluster_size={side} does not cut the grid of {h} x {w} patches into two or more squares. Choose a "
-                "common divisor of height and width."
+                "common divisor of height and width, or change the grid with img_size and patch_size in model.backbone.kwargs."
             )
 
     # --- the method ---------------------------------------------------------------------------------------------------
