@@ -119,6 +119,8 @@ def shrink(recipe: dict[str, Any], weights: bool = True) -> dict[str, Any]:
     if "trainer" in recipe:
         recipe["trainer"].update({key: value for key, value in _TRAINER.items() if key in recipe["trainer"]})
         recipe["trainer"]["accelerator"] = "cpu"
+    if recipe.get("global_batch_size") is not None:
+        recipe["global_batch_size"] = 16
     for section in [recipe.get("model"), recipe.get("data"), *recipe.get("tasks", [])]:
         _shrink_section(section)
     data = recipe.get("data", {})

@@ -315,9 +315,11 @@ def test_fit__a_frozen_classifier_cannot_be_trained_alone(command: Command) -> N
     assert "model.head_only" in result.err
 
 
-def test_fit__an_error_does_not_replace_the_best_checkpoint(command: Command, tmp_path: Path) -> None:
+@pytest.mark.parametrize("guard", ["null", "0"])  # the method's own check, a step late; the guard, before the step
+def test_fit__an_error_does_not_replace_the_best_checkpoint(command: Command, tmp_path: Path, guard: str) -> None:
     """Lightning's save_on_exception would write best.ckpt; ours writes last.ckpt, and never a diverged state."""
     args = ["fit", "--config", RECIPE, *SHRINK, "--checkpoint.save_on_exception", "true"]
+    args += ["--faults.max_skipped_steps", guard]
     (tmp_path / "poison.py").write_text(
         "import torch\nfrom lightning import Callback\n\n\nclass Poison(Callback):\n"
         "    def on_train_batch_start(self, trainer, module, batch, batch_idx):\n"
@@ -325,13 +327,18 @@ def test_fit__an_error_does_not_replace_the_best_checkpoint(command: Command, tm
     )
     sys.path.insert(0, str(tmp_path))
     try:
-        with pytest.raises(RuntimeError, match="diverged"):
-            command(*args, "--trainer.callbacks+", "poison.Poison")
+        if guard == "null":
+            with pytest.raises(RuntimeError, match="diverged"):
+                command(*args, "--trainer.callbacks+", "poison.Poison")
+        else:
+            result = command(*args, "--trainer.callbacks+", "poison.Poison")
+            assert result.code == 2
+            assert "diverged" in result.err
     finally:
         sys.path.remove(str(tmp_path))
     for name in ("best", "last"):
         content = torch.load(tmp_path / f"checkpoints/train_supervised/{name}.ckpt", weights_only=True)
-        assert content["global_step"] == 3
+        assert content["global_step"] == (4 if name == "last" and guard == "0" else 3)
         assert all(torch.isfinite(value).all() for value in content["state_dict"].values())
 
 

@@ -100,7 +100,8 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
-    for name in ("MASTER_ADDR", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"):  # Lightning sets them
+    # Lightning sets them; by the seed of an earlier run it would draw a network anew that is drawn when the run starts.
+    for name in ("MASTER_ADDR", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "PL_GLOBAL_SEED"):
         monkeypatch.delenv(name, raising=False)
     yield
     if torch.distributed.is_initialized():

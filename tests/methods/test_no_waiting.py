@@ -203,13 +203,15 @@ def test_step__allowances_are_needed(tmp_path: Path) -> None:
     assert seen == set(ALLOWED)
 
 
-@pytest.mark.parametrize("backend", ["parallel", "chunkwise"])
 @pytest.mark.parametrize("drop_path_rate", [0.5, 0.3])  # the first leaves out images, the second draws for each
-@pytest.mark.parametrize("name", [VIL, "vil_tiny_patch16_224", "vim_tiny_patch16_224"])
-def test_step__of_a_backbone_waits_for_nothing(name: str, drop_path_rate: float, backend: str) -> None:
-    own = {"mlstm_backend": backend} if name.startswith("vil") else {}
-    if not own and backend == "chunkwise":
-        pytest.skip("no mLSTM")
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        *((name, {"mlstm_backend": b}) for name in (VIL, "vil_tiny_patch16_224") for b in ("parallel", "chunkwise")),
+        ("vim_tiny_patch16_224", {}),
+    ],
+)
+def test_step__of_a_backbone_waits_for_nothing(name: str, own: dict[str, str], drop_path_rate: float) -> None:
     kwargs = {**SMALL, "patch_size": 4, "drop_path_rate": drop_path_rate, "num_classes": 3, **own}
     model, x = timm.create_model(name, **kwargs).train(), torch.randn(8, 3, 16, 16)
     model(x).sum().backward()  # warm
