@@ -30,6 +30,7 @@ from vil_lightning.backbones.weights import WeightsError, read_file
 from vil_lightning.callbacks import LastCheckpoint, PredictionWriter, RunProgressBar, RunSummary, Throughput
 from vil_lightning.checkpoint_io import LAST, AtomicCheckpointIO, KeepPolicy, newest_good, remove_partial
 from vil_lightning.checks import check_sections, check_values
+from vil_lightning.data.loading import dead_worker, death_of_worker
 from vil_lightning.errors import ConfigError
 from vil_lightning.evaluation.command import main as evaluation_command
 from vil_lightning.methods.batch_norm import BatchNormSync
@@ -63,6 +64,14 @@ class SaveRunConfig(SaveConfigCallback):
         if isinstance(logger, Namespace) and logger.get("init_args", {}).get("save_dir") == str(LOG_ROOT):
             config.trainer.logger = True
         super().__init__(parser, config, *args, **kwargs)
+        self._text = ""
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._text = self.parser.dump(self.config, skip_none=False)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint says how it was made, also where it has lost its folder: `config`, the text of config.yaml."""
+        checkpoint["config"] = self._text
 
 
 class VilCLI(LightningCLI):
@@ -164,6 +173,8 @@ class VilCLI(LightningCLI):
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 raise ConfigError(describe(error, self.trainer)) from error
+            if (reason := death_of_worker(error)) is not None:
+                raise dead_worker(reason) from error
             message = lost_peer(error, self.trainer)
             if message is None:
                 raise

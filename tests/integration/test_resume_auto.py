@@ -141,3 +141,20 @@ def test_signal__a_real_process_can_be_stopped_and_continued(tmp_path: Path, com
     result: SimpleNamespace = command(*TWO, *AUTO)
     assert result.code == 0, result.err
     assert_same_weights(tmp_path / FOLDER / "last.ckpt", whole)
+
+
+def test_worker__killed_while_the_main_process_computes_is_named(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is raised in a signal handler: in the middle of a step, if that is where the main process is."""
+    from vil_lightning.methods import DINO
+
+    def step(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed. \nand more")
+
+    monkeypatch.setattr(DINO, "training_step", step)
+    result = command(*PRETRAIN)
+    assert result.code == 2, result.err
+    assert "error: A data worker died or stopped answering (DataLoader worker (pid 17) is killed" in result.err
+    assert "data.num_workers" in result.err
+    assert "Traceback" not in result.err

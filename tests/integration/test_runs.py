@@ -57,6 +57,13 @@ def test_pretraining__saved_config_holds_recipe_and_overrides(pretrained: Simple
     assert config["trainer"]["limit_train_batches"] == 3
 
 
+def test_pretraining__checkpoint_holds_the_resolved_config(pretrained: SimpleNamespace) -> None:
+    text = torch.load(pretrained.folder / LAST, weights_only=True)["config"]
+    saved = (pretrained.folder / "logs/pretrain_dino/config.yaml").read_text()
+    assert yaml.safe_load(text) == yaml.safe_load(saved)
+    assert yaml.safe_load(text)["run_name"] == "pretrain_dino"
+
+
 def test_pretraining__saved_config_can_be_run_under_another_name(with_run: Path, command: Command) -> None:
     before = digest(with_run / LAST)
     result = command("fit", "--config", "logs/pretrain_dino/config.yaml", "--run_name", "again")

@@ -291,6 +291,22 @@ class EpochSampler(DistributedSampler[Key]):
         )
 
 
+def dead_worker(reason: str) -> ConfigError:
+    """The error to raise when a worker has died or stopped answering."""
+    return ConfigError(
+        f"A data worker died or stopped answering ({reason}). It may have run out of memory (use fewer data.num_workers), out "
+        "of shared memory, or the file system that holds the images may have gone (a worker has data.worker_timeout seconds)."
+    )
+
+
+def death_of_worker(error: BaseException) -> str | None:
+    """What torch says about a worker that was killed. It does so in a signal handler: the error comes out of whatever the
+    main process was doing then, not only out of the loader.
+    """
+    text = str(error).partition("\n")[0].strip()
+    return text if isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid") else None
+
+
 class ResumableLoader(DataLoader[Any]):
     """A DataLoader that remembers how many batches it has handed out in this epoch (Lightning saves and restores it).
 
@@ -322,11 +338,7 @@ class ResumableLoader(DataLoader[Any]):
                 # The signal of its death may still be on its way. It raises wherever the program then is: let it be here.
                 with contextlib.suppress(RuntimeError):
                     time.sleep(0.5)
-            raise ConfigError(
-                f"A data worker died or stopped answering ({reason}). It may have run out of memory (use "
-                "fewer data.num_workers), out of shared memory, or the file system that holds the images may have gone "
-                f"(data.worker_timeout={self.timeout:g} s)."
-            ) from error
+            raise dead_worker(reason) from error
 
     def _content(self, batch: Batch) -> Any:
         dataset: Any = self.dataset
