@@ -2,9 +2,6 @@
 
 The backward pass is written out. What autograd would keep for it, several L x L matrices a chunk and a state each, is computed
 again instead, from q, k, v and the gates; and it needs fewer passes over them than there are operators forwards.
-
-Under torch.compile both passes are operators of their own: traced, what they do in place would be turned into copies of whole
-tensors.
 """
 
 import math
@@ -46,10 +43,7 @@ def mlstm_chunkwise(
         decay_sum, row_max = gate_sums(igate, log_fgate)
     q, k, v = (x.reshape(batch * heads, num_chunks, length, head_dim) for x in (q, k, v))
     numbers = (x.reshape(batch * heads, num_chunks, length) for x in (decay_sum, igate, row_max))
-    if torch.compiler.is_compiling():
-        hidden, _ = _forward_op(q, k, v, *numbers, reverse, eps)
-    else:
-        hidden = _Chunkwise.apply(q, k, v, *numbers, reverse, eps)
+    hidden = _Chunkwise.apply(q, k, v, *numbers, reverse, eps)
     hidden = hidden.view(batch, heads, num_chunks * length, head_dim)
     return hidden[:, :, :seq_len] if pad else hidden
 
@@ -135,161 +129,102 @@ def _gates(
     return _Gates(reverse, decay, read, write, keep, floor, eps * torch.exp(row_max - stab).to(dtype))
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay_sum: Tensor,
-    igate: Tensor,
-    row_max: Tensor,
-    reverse: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+class _Chunkwise(torch.autograd.Function):
     """N sequences, NC chunks, L tokens. Products run in the dtype of q, k and v; states, sums and weights in at least float32.
 
     Args:
         q, k, v: (N, NC, L, DH).
         decay_sum, igate, row_max: (N, NC, L), see `gate_sums`.
-
-    Returns:
-        h (N, NC, L, DH), and the sum of each token's weights (N, NC, L).
     """
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    gates = _gates(decay_sum, igate, row_max, reverse, eps, q.shape[-1], dtype)
-    weights = _bmm(q, k.mT).to(dtype).mul_(gates.decay)  # (N, NC, L, L)
-    numerator = _bmm(weights.to(v.dtype), v).to(dtype)
-    read_sum = weights.sum(-1)
-    del weights
-    if q.shape[1] > 1:
-        memory, norm = _states(k, v, gates)
-        readers, writers = gates.readers, gates.writers
-        read = gates.read[:, readers]
-        numerator[:, readers].addcmul_(_bmm_shifted(q, memory.to(q.dtype), reverse), read)
-        norm_read = (q[:, readers] * norm[:, writers, None]).sum(-1)
-        read_sum[:, readers].addcmul_(norm_read, read[..., 0])
-    denominator = torch.maximum(read_sum.abs(), gates.floor).add_(gates.eps)
-    return numerator.div_(denominator[..., None]).to(v.dtype), read_sum
-
-
-def _backward(
-    hidden_grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay_sum: Tensor,
-    igate: Tensor,
-    row_max: Tensor,
-    hidden: Tensor,
-    read_sum: Tensor,
-    reverse: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, decay_sum, igate and row_max, from that of h and what `_forward` was given and returned."""
-    dtype = read_sum.dtype
-    gates = _gates(decay_sum, igate, row_max, reverse, eps, q.shape[-1], dtype)
-
-    # h = numerator / (max(|n|, floor) + eps), with the sum n of a token's weights.
-    inverse = 1 / torch.maximum(read_sum.abs(), gates.floor).add_(gates.eps)
-    denominator_grad = -(hidden_grad * hidden).sum(-1, dtype=dtype) * inverse
-    row_max_grad = denominator_grad * gates.eps
-    sum_grad = torch.where(read_sum.abs() > gates.floor, denominator_grad * read_sum.sign(), 0)[..., None]
-    grad = hidden_grad * inverse[..., None]  # of the numerator, (N, NC, L, DH); rounded for products with q, k and v
-    rounded_grad = grad.to(q.dtype)
-
-    # Inside the chunks.
-    scores = _bmm(q, k.mT).to(dtype)
-    scores_grad = _bmm(rounded_grad, v.mT).to(dtype).add_(sum_grad).mul_(gates.decay)
-    weights = (scores * gates.decay).to(v.dtype)
-    v_grad = _bmm(weights.mT, rounded_grad).to(dtype)
-    del weights
-    log_grad = scores.mul_(scores_grad)  # of the logarithms of the weights
-    row_grad, column_grad = log_grad.sum(-1), log_grad.sum(-2)
-    del scores, log_grad
-    scores_grad = scores_grad.to(q.dtype)
-    q_grad, k_grad = _bmm(scores_grad, k).to(dtype), _bmm(scores_grad.mT, q).to(dtype)
-    del scores_grad
-
-    if q.shape[1] > 1:
-        readers, writers, write = gates.readers, gates.writers, gates.write[:, gates.writers]
-        memory, norm = _states(k, v, gates)
-        grad.mul_(gates.read)  # of what is read from the state
-        sum_grad = sum_grad * gates.read
-        memory_grad = _bmm(q.mT, grad.to(q.dtype)).to(dtype)
-        norm_grad = (q * sum_grad).sum(-2)
-        _scan(memory_grad, gates.keep, reverse=not reverse)
-        _scan(norm_grad, gates.keep, reverse=not reverse)
-
-        from_state = _bmm_shifted(grad.to(q.dtype), memory.mT.to(q.dtype), reverse).to(dtype)
-        from_state.addcmul_(sum_grad[:, readers], norm[:, writers, None])
-        row_grad[:, readers] += (q[:, readers] * from_state).sum(-1)
-        q_grad[:, readers] += from_state
-        del memory, norm, from_state
-
-        memory_grad = memory_grad.to(v.dtype)
-        from_state = _bmm_shifted(v, memory_grad.mT, not reverse).to(dtype)
-        from_state.add_(norm_grad[:, readers, None]).mul_(write)
-        column_grad[:, writers] += (k[:, writers] * from_state).sum(-1)
-        k_grad[:, writers] += from_state
-        v_grad[:, writers].addcmul_(_bmm_shifted(k, memory_grad, not reverse), write)
-
-    # The logarithm of a weight is F_t - F_s + a_s, less a stabiliser that cancels.
-    return (
-        q_grad.to(q.dtype),
-        k_grad.to(k.dtype),
-        v_grad.to(v.dtype),
-        (row_grad - column_grad).to(decay_sum.dtype),
-        column_grad.to(igate.dtype),
-        row_max_grad.to(row_max.dtype),
-    )
-
-
-class _Chunkwise(torch.autograd.Function):
-    """`_forward` with its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        hidden, read_sum = _forward(*inputs)
-        *tensors, ctx.reverse, ctx.eps = inputs
-        ctx.save_for_backward(*tensors, hidden, read_sum)
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decay_sum: Tensor,
+        igate: Tensor,
+        row_max: Tensor,
+        reverse: bool,
+        eps: float,
+    ) -> Tensor:
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        gates = _gates(decay_sum, igate, row_max, reverse, eps, q.shape[-1], dtype)
+        weights = _bmm(q, k.mT).to(dtype).mul_(gates.decay)  # (N, NC, L, L)
+        numerator = _bmm(weights.to(v.dtype), v).to(dtype)
+        read_sum = weights.sum(-1)
+        del weights
+        if q.shape[1] > 1:
+            memory, norm = _states(k, v, gates)
+            readers, writers = gates.readers, gates.writers
+            read = gates.read[:, readers]
+            numerator[:, readers].addcmul_(_bmm_shifted(q, memory.to(q.dtype), reverse), read)
+            norm_read = (q[:, readers] * norm[:, writers, None]).sum(-1)
+            read_sum[:, readers].addcmul_(norm_read, read[..., 0])
+        denominator = torch.maximum(read_sum.abs(), gates.floor).add_(gates.eps)
+        hidden = numerator.div_(denominator[..., None]).to(v.dtype)
+        ctx.save_for_backward(q, k, v, decay_sum, igate, row_max, hidden, read_sum)
+        ctx.reverse, ctx.eps = reverse, eps
         return hidden
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, hidden_grad: Tensor) -> tuple[Tensor | None, ...]:
-        arguments: Any = (hidden_grad, *ctx.saved_tensors, ctx.reverse, ctx.eps)
-        return *_backward(*arguments), None, None
+        q, k, v, decay_sum, igate, row_max, hidden, read_sum = ctx.saved_tensors
+        dtype = read_sum.dtype
+        gates = _gates(decay_sum, igate, row_max, ctx.reverse, ctx.eps, q.shape[-1], dtype)
 
+        # h = numerator / (max(|n|, floor) + eps), with the sum n of a token's weights.
+        inverse = 1 / torch.maximum(read_sum.abs(), gates.floor).add_(gates.eps)
+        denominator_grad = -(hidden_grad * hidden).sum(-1, dtype=dtype) * inverse
+        row_max_grad = denominator_grad * gates.eps
+        sum_grad = torch.where(read_sum.abs() > gates.floor, denominator_grad * read_sum.sign(), 0)[..., None]
+        grad = (
+            hidden_grad * inverse[..., None]
+        )  # of the numerator, (N, NC, L, DH); rounded for products with q, k and v
+        rounded_grad = grad.to(q.dtype)
 
-# --- the same for torch.compile ---------------------------------------------------------------------------------------
+        # Inside the chunks.
+        scores = _bmm(q, k.mT).to(dtype)
+        scores_grad = _bmm(rounded_grad, v.mT).to(dtype).add_(sum_grad).mul_(gates.decay)
+        weights = (scores * gates.decay).to(v.dtype)
+        v_grad = _bmm(weights.mT, rounded_grad).to(dtype)
+        del weights
+        log_grad = scores.mul_(scores_grad)  # of the logarithms of the weights
+        row_grad, column_grad = log_grad.sum(-1), log_grad.sum(-2)
+        del scores, log_grad
+        scores_grad = scores_grad.to(q.dtype)
+        q_grad, k_grad = _bmm(scores_grad, k).to(dtype), _bmm(scores_grad.mT, q).to(dtype)
+        del scores_grad
 
-_forward_op = torch.library.custom_op("vil_lightning::mlstm_chunkwise", _forward, mutates_args=())
-_backward_op = torch.library.custom_op("vil_lightning::mlstm_chunkwise_backward", _backward, mutates_args=())
+        if q.shape[1] > 1:
+            readers, writers, write = gates.readers, gates.writers, gates.write[:, gates.writers]
+            memory, norm = _states(k, v, gates)
+            grad.mul_(gates.read)  # of what is read from the state
+            sum_grad = sum_grad * gates.read
+            memory_grad = _bmm(q.mT, grad.to(q.dtype)).to(dtype)
+            norm_grad = (q * sum_grad).sum(-2)
+            _scan(memory_grad, gates.keep, reverse=not ctx.reverse)
+            _scan(norm_grad, gates.keep, reverse=not ctx.reverse)
 
+            from_state = _bmm_shifted(grad.to(q.dtype), memory.mT.to(q.dtype), ctx.reverse).to(dtype)
+            from_state.addcmul_(sum_grad[:, readers], norm[:, writers, None])
+            row_grad[:, readers] += (q[:, readers] * from_state).sum(-1)
+            q_grad[:, readers] += from_state
+            del memory, norm, from_state
 
-@_forward_op.register_fake
-def _(q, k, v, decay_sum, igate, row_max, reverse, eps):  # type: ignore[no-untyped-def]
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return v.new_empty(v.shape), igate.new_empty(igate.shape, dtype=dtype)
+            memory_grad = memory_grad.to(v.dtype)
+            from_state = _bmm_shifted(v, memory_grad.mT, not ctx.reverse).to(dtype)
+            from_state.add_(norm_grad[:, readers, None]).mul_(write)
+            column_grad[:, writers] += (k[:, writers] * from_state).sum(-1)
+            k_grad[:, writers] += from_state
+            v_grad[:, writers].addcmul_(_bmm_shifted(k, memory_grad, not ctx.reverse), write)
 
-
-@_backward_op.register_fake
-def _(hidden_grad, q, k, v, decay_sum, igate, row_max, hidden, read_sum, reverse, eps):  # type: ignore[no-untyped-def]
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, decay_sum, igate, row_max))
-
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.reverse, ctx.eps = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, hidden_grad, _):  # type: ignore[no-untyped-def]
-    if hidden_grad is None:
-        return (None,) * 8
-    return *_backward_op(hidden_grad, *ctx.saved_tensors, ctx.reverse, ctx.eps), None, None
-
-
-_forward_op.register_autograd(_differentiate, setup_context=_setup_context)
+        grads = (q_grad.to(q.dtype), k_grad.to(k.dtype), v_grad.to(v.dtype))
+        # The logarithm of a weight is F_t - F_s + a_s, less a stabiliser that cancels.
+        numbers = (row_grad - column_grad, column_grad, row_max_grad)
+        return (*grads, *(x.to(y.dtype) for x, y in zip(numbers, (decay_sum, igate, row_max), strict=True)), None, None)
 
 
 def _states(k: Tensor, v: Tensor, gates: _Gates) -> tuple[Tensor, Tensor]:
