@@ -247,6 +247,7 @@ class Drill:
             named = code == 2 and ("No space left" in out or "File too large" in out) and "checkpoint.dirpath" in out
             kept = newest_good(run.checkpoints)
             good = kept is not None or not mounted
+            state = f"{kept.name} of step {read_file(kept)['global_step']} good" if kept else "none"
             if mounted:
                 subprocess.run(["mount", "-o", f"remount,size={4 * room}", str(run.checkpoints)], check=True)
             code_then, _ = run.finish()
@@ -256,7 +257,6 @@ class Drill:
                 shutil.copytree(run.checkpoints, run.folder / "kept")
                 subprocess.run(["umount", str(run.checkpoints)], check=True)
         how = "small tmpfs" if mounted else "limit of file sizes"
-        state = f"{kept.name} of step {read_file(kept)['global_step']} good" if kept else "none"
         return (
             "1",
             f"{how}: exit code {code}, {'cause named' if named else 'NOT NAMED'}; {state}; with room: {said}",
