@@ -88,6 +88,7 @@ Keys = tuple[str | int, ...]
 _SIDES = {"global_size": 16, "local_size": 8, "eval_size": 16, "window": 16, "base_size": [32, 16]}
 _SMALL = {
     "batch_size": 8,
+    "koleo_group": 2,
     "num_workers": 0,
     "num_prototypes": 32,
     "head_hidden_dim": 32,
