@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vil_lightning.backbones.weights import read_file
 from vil_lightning.errors import ConfigError
+from vil_lightning.sharding import is_sharded, local
 
 log = logging.getLogger(__name__)
 
@@ -97,14 +98,10 @@ class StepGuard(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         _check_same_start(trainer)
-        if self.policy.roll_back and type(trainer.strategy).__name__ in (
-            "FullyShardedStrategy",
-            "ModelParallelStrategy",
-            "FSDPStrategy",
-        ):
+        if self.policy.roll_back and is_sharded(pl_module):
             raise ConfigError(
-                "faults.roll_back=true cannot be used with sharded weights "
-                f"(trainer.strategy={type(trainer.strategy).__name__})."
+                "faults.roll_back=true cannot be used with sharded weights (trainer.strategy=FullyShardedStrategy). Set it to "
+                "false, or trainer.strategy to ddp."
             )
 
     def on_train_batch_start(
@@ -115,7 +112,7 @@ class StepGuard(L.Callback):
             return
         if not self._batches:  # the first of a step
             # Centres and running means move in the forward pass, before it is known whether the step is any good.
-            self._buffers = {name: b.clone() for name, b in pl_module.named_buffers() if b.is_floating_point()}
+            self._buffers = {name: buffer.clone() for name, buffer in pl_module.named_buffers()}
             self._finite = None
         self._batches.append((batch_idx, batch))
 
@@ -130,7 +127,7 @@ class StepGuard(L.Callback):
         if not self.skips:
             return
         gradients = [
-            (name, getattr(parameter.grad, "_local_tensor", parameter.grad))  # of sharded ones, this process's part
+            (name, local(parameter.grad))
             for name, parameter in pl_module.named_parameters()
             if parameter.grad is not None
         ]
@@ -204,9 +201,7 @@ class StepGuard(L.Callback):
             "images": ids,
             "batches": [{"batch_idx": i, "batch": _plain(batch)} for i, batch in self._batches],
         }
-        if not any(
-            hasattr(value, "full_tensor") for value in pl_module.state_dict().values()
-        ):  # not of sharded weights
+        if not is_sharded(pl_module):  # whole weights would need all processes
             content["state_dict"] = {
                 name: self._buffers.get(name, value).cpu() for name, value in pl_module.state_dict().items()
             }
