@@ -96,12 +96,12 @@ def test_remove_partial__deletes_only_what_a_killed_writer_left(tmp_path: Path) 
 
 
 def test_keep__so_many_of_the_latest(tmp_path: Path) -> None:
-    writer = AtomicCheckpointIO(KeepPolicy(last=3))
-    for step in range(1, 6):
+    writer = AtomicCheckpointIO(KeepPolicy(last=4))
+    for step in range(1, 7):
         writer.save_checkpoint(content(step), tmp_path / "last.ckpt")
         writer.save_checkpoint(content(step), tmp_path / "best.ckpt")
     found = {path.name: step_of(path) for path in tmp_path.iterdir()}
-    assert found == {"last.ckpt": 5, "last-1.ckpt": 4, "last-2.ckpt": 3, "best.ckpt": 5}
+    assert found == {"last.ckpt": 6, "last-1.ckpt": 5, "last-2.ckpt": 4, "last-3.ckpt": 3, "best.ckpt": 6}
 
 
 def test_keep__one_every_few_hours_also_after_a_restart(tmp_path: Path) -> None:

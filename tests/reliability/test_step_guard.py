@@ -102,6 +102,42 @@ def test_skip__goes_with_accumulation(tmp_path: Path) -> None:
     assert changed(spoil.states[2], state(model))
 
 
+def test_skip__of_accumulated_batches_puts_back_what_stood_before_the_first(tmp_path: Path) -> None:
+    spoil, model = Spoil(0), dino()
+    fit(model, digits(), tmp_path, spoil, FaultPolicy(), accumulate_grad_batches=2)
+    assert torch.equal(spoil.states[2]["loss.center"], spoil.states[0]["loss.center"])
+    assert not torch.equal(spoil.after["loss.center"], spoil.states[2]["loss.center"])
+
+
+class OneOfTwo:
+    """A strategy of two processes of which the other one has `other` to say."""
+
+    precision_plugin = None
+
+    def __init__(self, other: float) -> None:
+        self.other = other
+
+    def reduce(self, value: Tensor, reduce_op: str) -> Tensor:
+        assert reduce_op == "sum"
+        return value + self.other
+
+
+@pytest.mark.parametrize(("other", "skipped"), [(1.0, 0), (0.0, 1)])
+def test_skip__what_is_broken_in_another_process_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: float, skipped: int
+) -> None:
+    """As with sharded gradients, of which each process sees its own part."""
+    guard, model, run = StepGuard(FaultPolicy(save_batches=False)), Line(), trainer(tmp_path)
+    model.trainer = run
+    model.weight.grad = torch.ones(3)
+    guard._finite = torch.tensor(True)
+    monkeypatch.setattr(L.Trainer, "world_size", 2)
+    monkeypatch.setattr(L.Trainer, "strategy", OneOfTwo(other))
+    guard.on_before_optimizer_step(run, model, torch.optim.SGD(model.parameters(), lr=1.0))
+    assert guard.skipped == skipped
+    assert (model.weight.grad is None) == bool(skipped)
+
+
 def test_stop__after_too_many_in_a_row_names_where(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     spoil, model = Spoil(1, 2, 3), supervised()
     with pytest.raises(DivergedError, match=r"3 step\(s\) in a row, more than faults.max_skipped_steps=2") as error:
@@ -234,10 +270,12 @@ def test_spike__rolls_back_to_the_last_checkpoint(tmp_path: Path, caplog: pytest
     policy = FaultPolicy(spike_window=20, roll_back=True)
     last = LastCheckpoint(tmp_path, every_n_train_steps=25)
     weights: list[Tensor] = []
+    steps: list[int] = []  # that the optimiser counts
 
     class Look(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
             weights.append(pl_module.weight.detach().clone())
+            steps.append(max((int(s["step"]) for s in trainer.optimizers[0].state.values()), default=0))
 
     guard = StepGuard(policy, tmp_path / "last.ckpt")
     model = Line([*CALM, 5.0, *CALM[:3]])
@@ -247,6 +285,7 @@ def test_spike__rolls_back_to_the_last_checkpoint(tmp_path: Path, caplog: pytest
     # Seen after the batch behind it; weights 25 are those of the checkpoint.
     assert torch.equal(weights[32], weights[25])
     assert not torch.equal(weights[31], weights[25])
+    assert (steps[31], steps[32]) == (31, 25)
     assert "step 25 again" in caplog.text
 
 
