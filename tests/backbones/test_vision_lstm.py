@@ -445,6 +445,29 @@ def test_block_diagonal_linear__equals_the_dense_matrix_for_every_tile(
     torch.testing.assert_close(linear(x), x @ torch.block_diag(*linear.weight).T + linear.bias)
 
 
+@pytest.mark.parametrize("dim, num_heads", [(96, 4), (96, 1), (20, 5), (16, 8)])  # with 8 heads a block of 4 spans two
+def test_block_diagonal_linear__with_heads_equals_cutting_its_result(dim: int, num_heads: int) -> None:
+    linear = layers.BlockDiagonalLinear(dim).double()
+    randomise(linear)
+    x = torch.randn(2, 3, dim, dtype=torch.float64)
+    expected = linear(x).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    torch.testing.assert_close(linear(x, num_heads), expected)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (1, 0, 2, 3), (0, 2, 1, 3)], ids=["batch", "heads", "tokens"])
+def test_multi_head_norm__is_a_norm_of_each_head_whatever_the_memory_order(order: tuple[int, ...], bias: bool) -> None:
+    norm = layers.MultiHeadNorm(12, 3, bias=bias).double()
+    randomise(norm)
+    x, skip, residual = (torch.randn(size, dtype=torch.float64) for size in ((2, 3, 5, 4), (12,), (2, 5, 12)))
+    x = x.permute(order).contiguous().permute(order)  # an involution each
+    heads = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
+    expected = heads.transpose(1, 2).flatten(2) * norm.weight + skip * residual
+    output = norm(x, skip, residual)
+    torch.testing.assert_close(output, expected if norm.bias is None else expected + norm.bias)
+    assert output.is_contiguous()
+
+
 # --- bad arguments ----------------------------------------------------------------------------------------------------
 
 

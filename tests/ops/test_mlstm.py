@@ -1,6 +1,7 @@
 """Every mLSTM backend against the recurrence, in float64, and what users rely on besides."""
 
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from vil_lightning.ops import MLSTM_BACKENDS, describe_backend, mlstm
+from vil_lightning.ops import MLSTM_BACKENDS, chunkwise, describe_backend, mlstm
 from vil_lightning.ops.parallel import log_decay_matrix
 
 BACKENDS = ("recurrent", "parallel", "chunkwise")
@@ -251,6 +252,69 @@ def test_compile__in_one_graph(backend: str, reverse: bool) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(mlstm, fullgraph=True, backend="aot_eager", dynamic=False)
     assert_same(run(inputs, compiled, **kwargs), run(inputs, **kwargs), forward=1e-12, grad=1e-11)
+
+
+def graph_of(function: Any, *args: Tensor) -> str:
+    """What a compiler is given."""
+    graphs: list[str] = []
+
+    def look(module: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        graphs.append(module.code)
+        return module.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, fullgraph=True, backend=look, dynamic=False)(*args)
+    return "".join(graphs)
+
+
+def test_compile__on_a_cpu_the_chunkwise_form_is_one_operator_but_not_in_an_exported_program() -> None:
+    inputs = [x.float() for x in make_inputs(1, 2, 20, 4)]
+
+    def run_chunkwise(*args: Tensor) -> Tensor:
+        return mlstm(*args, backend="chunkwise", chunk_size=8)
+
+    assert "vil_lightning.mlstm_chunkwise" in graph_of(run_chunkwise, *inputs)
+
+    class Module(torch.nn.Module):
+        def forward(self, *args: Tensor) -> Tensor:
+            return run_chunkwise(*args)
+
+    program = torch.export.export(Module(), tuple(inputs))
+    assert "vil_lightning" not in str(program.graph)
+    torch.testing.assert_close(program.module()(*inputs), run_chunkwise(*inputs))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_chunkwise_operator__passes_the_checks_of_torch(dtype: torch.dtype, reverse: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 5, 4, generator=generator).to(dtype).requires_grad_() for _ in range(3))
+    igate, log_fgate = torch.randn(2, 15, generator=generator), -torch.rand(2, 15, generator=generator)
+    decay_sum, row_max = (x.view(2, 3, 5).requires_grad_() for x in chunkwise.gate_sums(igate, log_fgate))
+    igate = igate.to(torch.promote_types(dtype, torch.float32)).view(2, 3, 5).requires_grad_()
+    torch.use_deterministic_algorithms(False)  # the checks compare memory that is filled with NaN
+    torch.library.opcheck(chunkwise._forward_op, (q, k, v, decay_sum, igate, row_max, reverse, 1e-6))
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_memory_order__heads_or_tokens_first_give_the_same_numbers(backend: str, reverse: bool) -> None:
+    inputs = make_inputs(2, 3, 20, 4)
+    kwargs: dict[str, Any] = {"backend": backend, "reverse": reverse, "chunk_size": 8}
+    expected = run(inputs, **kwargs)
+    for order in ((1, 0, 2, 3), (0, 2, 1, 3)):  # an involution each
+        others = [x.permute(order).contiguous().permute(order) for x in inputs[:3]]
+        assert_same(run((*others, *inputs[3:]), **kwargs), expected, forward=1e-14, grad=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_exp__is_zero_where_it_would_be_subnormal(dtype: torch.dtype) -> None:
+    smallest = math.log(torch.finfo(dtype).tiny)
+    x = torch.tensor([0.0, -1.0, smallest + 1, smallest - 1, -1e9, -math.inf, 3.0, math.inf, math.nan], dtype=dtype)
+    torch.testing.assert_close(chunkwise._exp_(x.clone())[:3], x[:3].exp(), rtol=1e-6, atol=0)
+    assert chunkwise._exp_(x.clone())[3:8].tolist() == [0, 0, 0, 1, 1]
+    assert chunkwise._exp_(x.clone())[8].isnan()  # what is broken is not hidden
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

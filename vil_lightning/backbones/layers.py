@@ -122,24 +122,33 @@ class BlockDiagonalLinear(nn.Module):
         super().__init__()
         if dim % block_size:
             raise ValueError(f"BlockDiagonalLinear: dim={dim} is not a multiple of block_size={block_size}.")
+        self.dim = dim
         self.weight = nn.Parameter(torch.empty(dim // block_size, block_size, block_size))  # (G, out, in)
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
         nn.init.normal_(self.weight, std=math.sqrt(2 / (5 * dim)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) -> (..., dim)."""
+    def forward(self, x: Tensor, num_heads: int | None = None) -> Tensor:
+        """(..., dim) -> (..., dim), or with `num_heads` (B, S, dim) -> (B, num_heads, S, dim / num_heads)."""
         num_blocks, block_size, _ = self.weight.shape
-        dim = num_blocks * block_size
-        blocks_per_tile = math.gcd(num_blocks, max(self.tile_size // block_size, 1))
-        num_tiles, tile = num_blocks // blocks_per_tile, blocks_per_tile * block_size
-        # (tiles, r, out, 1, in) * (1, r, 1, r, 1): copies each block to the diagonal of its tile, zeros elsewhere.
-        diagonal = torch.eye(blocks_per_tile, dtype=self.weight.dtype, device=self.weight.device)
-        tiles = self.weight.view(num_tiles, blocks_per_tile, block_size, 1, block_size)
-        tiles = (tiles * diagonal[:, None, :, None]).reshape(num_tiles, tile, tile)
+        # On a CPU heads lie one after the other in memory: products within heads then copy nothing. GPU kernels read by tokens.
+        heads = num_heads if num_heads and x.device.type == "cpu" and num_blocks % num_heads == 0 else 1
+        num_tiles = num_blocks // math.gcd(num_blocks // heads, max(self.tile_size // block_size, 1))
+        y = x.reshape(-1, num_tiles, self.dim // num_tiles).transpose(0, 1)  # (tiles, ..., tile)
+        tiles = self._tiles(num_tiles).transpose(1, 2)
+        y = torch.bmm(y, tiles) if self.bias is None else torch.baddbmm(self.bias.view(num_tiles, 1, -1), y, tiles)
+        if heads > 1:
+            return y.unflatten(0, (heads, -1)).transpose(1, 2).reshape(heads, *x.shape[:2], -1).transpose(0, 1)
+        y = y.transpose(0, 1).reshape(x.shape)
+        return y if num_heads is None else y.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
-        y = torch.bmm(x.reshape(-1, num_tiles, tile).transpose(0, 1), tiles.transpose(1, 2))
-        y = y.transpose(0, 1).reshape(*x.shape[:-1], dim)
-        return y if self.bias is None else y.add_(self.bias)
+    def _tiles(self, num_tiles: int) -> Tensor:
+        """The weight as `num_tiles` dense matrices (tiles, out, in)."""
+        num_blocks, block_size, _ = self.weight.shape
+        in_tile = num_blocks // num_tiles
+        # (tiles, r, out, 1, in) * (1, r, 1, r, 1): copies each block to the diagonal of its tile, zeros elsewhere.
+        diagonal = torch.eye(in_tile, dtype=self.weight.dtype, device=self.weight.device)
+        tiles = self.weight.view(num_tiles, in_tile, block_size, 1, block_size) * diagonal[:, None, :, None]
+        return tiles.reshape(num_tiles, in_tile * block_size, in_tile * block_size)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]} blocks of {self.weight.shape[1]}, bias={self.bias is not None}"
@@ -207,7 +216,7 @@ def _init_depthwise(weight: Tensor, bias: Tensor) -> None:
 
 
 class MultiHeadNorm(nn.Module):
-    """LayerNorm over the channels of each head on its own, with a gain (and bias) per channel."""
+    """LayerNorm over the channels of each head on its own, with a gain (and bias) per channel; adds the branch's skip."""
 
     def __init__(self, dim: int, num_heads: int, eps: float = 1e-5, bias: bool = True) -> None:
         super().__init__()
@@ -216,10 +225,16 @@ class MultiHeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, NH, S, DH) -> (B, S, NH * DH)."""
-        x = F.layer_norm(x, x.shape[-1:], eps=self.eps).transpose(1, 2).flatten(2)
-        return x * self.weight if self.bias is None else torch.addcmul(self.bias, x, self.weight)
+    def forward(self, x: Tensor, skip: Tensor, residual: Tensor) -> Tensor:
+        """(B, NH, S, DH) -> (B, S, NH * DH), with `skip` (NH * DH) times `residual` (B, S, NH * DH) added."""
+        heads_first = x.stride(1) > x.stride(0)  # as `mlstm` may return it; a norm would copy it into the other order
+        x = x.transpose(0, 1) if heads_first else x
+        x = F.layer_norm(x, x.shape[-1:], eps=self.eps)
+        x = x.permute(1, 2, 0, 3) if heads_first else x.transpose(1, 2)  # (B, S, NH, DH)
+        weight = self.weight.unflatten(0, x.shape[2:])
+        added = residual * skip if self.bias is None else torch.addcmul(self.bias, residual, skip)
+        # Laid out as its first argument, token by token, so that `flatten` copies nothing.
+        return torch.addcmul(added.unflatten(2, x.shape[2:]), x, weight).flatten(2)
 
 
 class MLSTMBranch(nn.Module):
@@ -292,7 +307,7 @@ class MLSTMBranch(nn.Module):
         """(B, S, E) -> (B, S, E)."""
         q, k, v, igate, fgate, c = self.project(x, layout, reverse)
         h = mlstm(q, k, v, igate, fgate, reverse=reverse, backend=self.mlstm_backend)
-        return torch.addcmul(self.norm(h), self.skip, c)
+        return self.norm(h, self.skip, c)
 
     def project(
         self, x: Tensor, layout: Layout, reverse: bool
@@ -307,8 +322,8 @@ class MLSTMBranch(nn.Module):
         c_v = c if self.conv_v is None else F.silu(self.conv_v(x, layout, reverse))
         inputs = c, c_k, c_v if self.use_v_conv else x
         igate, fgate = self._gates(inputs)  # (B, NH, S)
-        q, k, v = self.q_proj(c), self.k_proj(c_k), self.v_proj(inputs[2])
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, NH, S, DH)
+        projections = zip((self.q_proj, self.k_proj, self.v_proj), inputs, strict=True)
+        q, k, v = (proj(y, self.num_heads) for proj, y in projections)  # (B, NH, S, DH)
         return q, k, v, igate, fgate, c
 
     def _gates(self, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -60,7 +60,8 @@ class GateWatch:
         return shares
 
     def _keep(self, name: str, part: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        self._inputs[name][part] = output
+        # What is computed for heads comes as (B, NH, S, DH).
+        self._inputs[name][part] = output.transpose(1, 2).flatten(2) if output.ndim == 4 else output
 
     def _measure(self, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
         qkv = [self._inputs[name].pop(part).float() for part in ("q", "k", "v")]

@@ -29,6 +29,10 @@ def mlstm_chunkwise(
     All chunks are cut to one length, as even as possible (196 tokens with `chunk_size=64` make four chunks of 49), so
     that few padded tokens are ever computed.
     """
+    if q.stride(1) > q.stride(0):  # the heads come first in memory: then here, too, so that nothing is copied
+        q, k, v, igate, log_fgate = (x.transpose(0, 1) for x in (q, k, v, igate, log_fgate))
+        hidden = mlstm_chunkwise(q, k, v, igate, log_fgate, reverse=reverse, chunk_size=chunk_size, eps=eps)
+        return hidden.transpose(0, 1)
     batch, heads, seq_len, head_dim = q.shape
     num_chunks = math.ceil(seq_len / chunk_size)
     length = math.ceil(seq_len / num_chunks)
@@ -43,7 +47,10 @@ def mlstm_chunkwise(
         decay_sum, row_max = gate_sums(igate, log_fgate)
     q, k, v = (x.reshape(batch * heads, num_chunks, length, head_dim) for x in (q, k, v))
     numbers = (x.reshape(batch * heads, num_chunks, length) for x in (decay_sum, igate, row_max))
-    hidden = _Chunkwise.apply(q, k, v, *numbers, reverse, eps)
+    if q.device.type == "cpu" and torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        hidden, _ = _forward_op(q, k, v, *numbers, reverse, eps)
+    else:
+        hidden = _Chunkwise.apply(q, k, v, *numbers, reverse, eps)
     hidden = hidden.view(batch, heads, num_chunks * length, head_dim)
     return hidden[:, :, :seq_len] if pad else hidden
 
@@ -115,10 +122,10 @@ def _gates(
     log_scale = -math.log(head_dim) / 2
     rows = (decay_sum - stab) - (end_sum - end_stab)[..., None]
     columns = log_scale - rows - stab + igate
-    seen = torch.zeros(length, length, dtype=dtype, device=igate.device)
-    seen.masked_fill_(torch.ones_like(seen, dtype=torch.bool).triu_(1), -math.inf)
-    decay = rows.to(dtype)[..., :, None] + columns.to(dtype)[..., None, :]
-    decay.add_(seen.T if reverse else seen).exp_()
+    decay = _exp_(rows.to(dtype)[..., :, None] + columns.to(dtype)[..., None, :])
+    decay = (
+        decay.triu_() if reverse else decay.tril_()
+    )  # later tokens, for which exponents may be positive, are not read
     if num_chunks == 1:
         read = write = decay[:, :0]  # there is no state
     else:
@@ -129,102 +136,159 @@ def _gates(
     return _Gates(reverse, decay, read, write, keep, floor, eps * torch.exp(row_max - stab).to(dtype))
 
 
-class _Chunkwise(torch.autograd.Function):
+def _exp_(x: Tensor) -> Tensor:
+    """exp(min(x, 0)) in place, with 0 for what a normal number cannot hold.
+
+    On CPUs exp takes a hundred times longer where the result is subnormal, ten times where it is 0 or infinite.
+    """
+    smallest = math.log(torch.finfo(x.dtype).tiny)
+    return torch.threshold_(x.clamp_(smallest, 0).exp_(), 1.01 * torch.finfo(x.dtype).tiny, 0)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, decay_sum: Tensor, igate: Tensor, row_max: Tensor, reverse: bool, eps: float
+) -> tuple[Tensor, Tensor]:
     """N sequences, NC chunks, L tokens. Products run in the dtype of q, k and v; states, sums and weights in at least float32.
 
     Args:
         q, k, v: (N, NC, L, DH).
         decay_sum, igate, row_max: (N, NC, L), see `gate_sums`.
+
+    Returns:
+        The output (N, NC, L, DH), and the sums of tokens' weights (N, NC, L).
     """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    gates = _gates(decay_sum, igate, row_max, reverse, eps, q.shape[-1], dtype)
+    weights = _bmm(q, k.mT).to(dtype).mul_(gates.decay)  # (N, NC, L, L)
+    numerator = _bmm(weights.to(v.dtype), v).to(dtype)
+    read_sum = weights.sum(-1)
+    del weights
+    if q.shape[1] > 1:
+        memory, norm = _states(k, v, gates)
+        readers, writers = gates.readers, gates.writers
+        read = gates.read[:, readers]
+        numerator[:, readers].addcmul_(_bmm_shifted(q, memory.to(q.dtype), reverse), read)
+        norm_read = (q[:, readers] * norm[:, writers, None]).sum(-1)
+        read_sum[:, readers].addcmul_(norm_read, read[..., 0])
+    denominator = torch.maximum(read_sum.abs(), gates.floor).add_(gates.eps)
+    hidden = numerator.div_(denominator[..., None]).to(v.dtype)
+    return hidden, read_sum
+
+
+def _backward(
+    hidden_grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay_sum: Tensor,
+    igate: Tensor,
+    row_max: Tensor,
+    hidden: Tensor,
+    read_sum: Tensor,
+    reverse: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of what `_forward` was given, from that of its output (N, NC, L, DH), and what it returned."""
+    dtype = read_sum.dtype
+    gates = _gates(decay_sum, igate, row_max, reverse, eps, q.shape[-1], dtype)
+
+    # h = numerator / (max(|n|, floor) + eps), with the sum n of a token's weights.
+    inverse = 1 / torch.maximum(read_sum.abs(), gates.floor).add_(gates.eps)
+    denominator_grad = -(hidden_grad * hidden).sum(-1, dtype=dtype) * inverse
+    row_max_grad = denominator_grad * gates.eps
+    sum_grad = torch.where(read_sum.abs() > gates.floor, denominator_grad * read_sum.sign(), 0)[..., None]
+    grad = hidden_grad * inverse[..., None]  # of the numerator, (N, NC, L, DH)
+    rounded_grad = grad.to(q.dtype)  # for products with q, k and v
+
+    # Inside the chunks.
+    scores = _bmm(q, k.mT).to(dtype)
+    scores_grad = _bmm(rounded_grad, v.mT).to(dtype).add_(sum_grad).mul_(gates.decay)
+    weights = (scores * gates.decay).to(v.dtype)
+    v_grad = _bmm(weights.mT, rounded_grad).to(dtype)
+    del weights
+    log_grad = scores.mul_(scores_grad)  # of the logarithms of the weights
+    row_grad, column_grad = log_grad.sum(-1), log_grad.sum(-2)
+    del scores, log_grad
+    scores_grad = scores_grad.to(q.dtype)
+    q_grad, k_grad = _bmm(scores_grad, k).to(dtype), _bmm(scores_grad.mT, q).to(dtype)
+    del scores_grad
+
+    if q.shape[1] > 1:
+        readers, writers, write = gates.readers, gates.writers, gates.write[:, gates.writers]
+        memory, norm = _states(k, v, gates)
+        grad.mul_(gates.read)  # of what is read from the state
+        sum_grad = sum_grad * gates.read
+        memory_grad = _bmm(q.mT, grad.to(q.dtype)).to(dtype)
+        norm_grad = (q * sum_grad).sum(-2)
+        _scan(memory_grad, gates.keep, reverse=not reverse)
+        _scan(norm_grad, gates.keep, reverse=not reverse)
+
+        from_state = _bmm_shifted(grad.to(q.dtype), memory.mT.to(q.dtype), reverse).to(dtype)
+        from_state.addcmul_(sum_grad[:, readers], norm[:, writers, None])
+        row_grad[:, readers] += (q[:, readers] * from_state).sum(-1)
+        q_grad[:, readers] += from_state
+        del memory, norm, from_state
+
+        memory_grad = memory_grad.to(v.dtype)
+        from_state = _bmm_shifted(v, memory_grad.mT, not reverse).to(dtype)
+        from_state.add_(norm_grad[:, readers, None]).mul_(write)
+        column_grad[:, writers] += (k[:, writers] * from_state).sum(-1)
+        k_grad[:, writers] += from_state
+        v_grad[:, writers].addcmul_(_bmm_shifted(k, memory_grad, not reverse), write)
+
+    # The logarithm of a weight is F_t - F_s + a_s, less a stabiliser that cancels.
+    return (
+        q_grad.to(q.dtype),
+        k_grad.to(k.dtype),
+        v_grad.to(v.dtype),
+        (row_grad - column_grad).to(decay_sum.dtype),
+        column_grad.to(igate.dtype),
+        row_max_grad.to(row_max.dtype),
+    )
+
+
+class _Chunkwise(torch.autograd.Function):
+    """`_forward`, differentiated by `_backward`."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        decay_sum: Tensor,
-        igate: Tensor,
-        row_max: Tensor,
-        reverse: bool,
-        eps: float,
-    ) -> Tensor:
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        gates = _gates(decay_sum, igate, row_max, reverse, eps, q.shape[-1], dtype)
-        weights = _bmm(q, k.mT).to(dtype).mul_(gates.decay)  # (N, NC, L, L)
-        numerator = _bmm(weights.to(v.dtype), v).to(dtype)
-        read_sum = weights.sum(-1)
-        del weights
-        if q.shape[1] > 1:
-            memory, norm = _states(k, v, gates)
-            readers, writers = gates.readers, gates.writers
-            read = gates.read[:, readers]
-            numerator[:, readers].addcmul_(_bmm_shifted(q, memory.to(q.dtype), reverse), read)
-            norm_read = (q[:, readers] * norm[:, writers, None]).sum(-1)
-            read_sum[:, readers].addcmul_(norm_read, read[..., 0])
-        denominator = torch.maximum(read_sum.abs(), gates.floor).add_(gates.eps)
-        hidden = numerator.div_(denominator[..., None]).to(v.dtype)
-        ctx.save_for_backward(q, k, v, decay_sum, igate, row_max, hidden, read_sum)
-        ctx.reverse, ctx.eps = reverse, eps
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        hidden, read_sum = _forward(*args)
+        ctx.save_for_backward(*args[:6], hidden, read_sum)
+        ctx.settings = args[6:]
         return hidden
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, hidden_grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, decay_sum, igate, row_max, hidden, read_sum = ctx.saved_tensors
-        dtype = read_sum.dtype
-        gates = _gates(decay_sum, igate, row_max, ctx.reverse, ctx.eps, q.shape[-1], dtype)
+        return *_backward(hidden_grad, *ctx.saved_tensors, *ctx.settings), None, None
 
-        # h = numerator / (max(|n|, floor) + eps), with the sum n of a token's weights.
-        inverse = 1 / torch.maximum(read_sum.abs(), gates.floor).add_(gates.eps)
-        denominator_grad = -(hidden_grad * hidden).sum(-1, dtype=dtype) * inverse
-        row_max_grad = denominator_grad * gates.eps
-        sum_grad = torch.where(read_sum.abs() > gates.floor, denominator_grad * read_sum.sign(), 0)[..., None]
-        grad = (
-            hidden_grad * inverse[..., None]
-        )  # of the numerator, (N, NC, L, DH); rounded for products with q, k and v
-        rounded_grad = grad.to(q.dtype)
 
-        # Inside the chunks.
-        scores = _bmm(q, k.mT).to(dtype)
-        scores_grad = _bmm(rounded_grad, v.mT).to(dtype).add_(sum_grad).mul_(gates.decay)
-        weights = (scores * gates.decay).to(v.dtype)
-        v_grad = _bmm(weights.mT, rounded_grad).to(dtype)
-        del weights
-        log_grad = scores.mul_(scores_grad)  # of the logarithms of the weights
-        row_grad, column_grad = log_grad.sum(-1), log_grad.sum(-2)
-        del scores, log_grad
-        scores_grad = scores_grad.to(q.dtype)
-        q_grad, k_grad = _bmm(scores_grad, k).to(dtype), _bmm(scores_grad.mT, q).to(dtype)
-        del scores_grad
+# The same as one operator, for compilers on CPUs. Torch's, when it traces through, may choose strides for operands of a product
+# with which the matrices of a batch lie between each other, and every one of them is copied (benchmarks/PERFORMANCE.md).
+_forward_op = torch.library.custom_op("vil_lightning::mlstm_chunkwise", _forward, mutates_args=())
+_backward_op = torch.library.custom_op("vil_lightning::mlstm_chunkwise_backward", _backward, mutates_args=())
 
-        if q.shape[1] > 1:
-            readers, writers, write = gates.readers, gates.writers, gates.write[:, gates.writers]
-            memory, norm = _states(k, v, gates)
-            grad.mul_(gates.read)  # of what is read from the state
-            sum_grad = sum_grad * gates.read
-            memory_grad = _bmm(q.mT, grad.to(q.dtype)).to(dtype)
-            norm_grad = (q * sum_grad).sum(-2)
-            _scan(memory_grad, gates.keep, reverse=not ctx.reverse)
-            _scan(norm_grad, gates.keep, reverse=not ctx.reverse)
 
-            from_state = _bmm_shifted(grad.to(q.dtype), memory.mT.to(q.dtype), ctx.reverse).to(dtype)
-            from_state.addcmul_(sum_grad[:, readers], norm[:, writers, None])
-            row_grad[:, readers] += (q[:, readers] * from_state).sum(-1)
-            q_grad[:, readers] += from_state
-            del memory, norm, from_state
+@_forward_op.register_fake
+def _(q, k, v, decay_sum, igate, row_max, reverse, eps):  # type: ignore[no-untyped-def]
+    return torch.empty_like(v), igate.new_empty(igate.shape, dtype=torch.promote_types(q.dtype, torch.float32))
 
-            memory_grad = memory_grad.to(v.dtype)
-            from_state = _bmm_shifted(v, memory_grad.mT, not ctx.reverse).to(dtype)
-            from_state.add_(norm_grad[:, readers, None]).mul_(write)
-            column_grad[:, writers] += (k[:, writers] * from_state).sum(-1)
-            k_grad[:, writers] += from_state
-            v_grad[:, writers].addcmul_(_bmm_shifted(k, memory_grad, not ctx.reverse), write)
 
-        grads = (q_grad.to(q.dtype), k_grad.to(k.dtype), v_grad.to(v.dtype))
-        # The logarithm of a weight is F_t - F_s + a_s, less a stabiliser that cancels.
-        numbers = (row_grad - column_grad, column_grad, row_max_grad)
-        return (*grads, *(x.to(y.dtype) for x, y in zip(numbers, (decay_sum, igate, row_max), strict=True)), None, None)
+@_backward_op.register_fake
+def _(hidden_grad, q, k, v, decay_sum, igate, row_max, *args):  # type: ignore[no-untyped-def]
+    return tuple(torch.empty_like(x) for x in (q, k, v, decay_sum, igate, row_max))
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[:6], *output)
+    ctx.settings = inputs[6:]
+
+
+def _differentiate(ctx, hidden_grad, read_sum_grad):  # type: ignore[no-untyped-def]
+    return *_backward_op(hidden_grad.contiguous(), *ctx.saved_tensors, *ctx.settings), None, None
+
+
+_forward_op.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 def _states(k: Tensor, v: Tensor, gates: _Gates) -> tuple[Tensor, Tensor]:
