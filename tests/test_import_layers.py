@@ -12,6 +12,7 @@ PACKAGE = ROOT / "vil_lightning"
 FILES = sorted(PACKAGE.rglob("*.py"))
 OUTER = tuple(f"vil_lightning.{name}" for name in ("methods", "data", "callbacks", "evaluation", "speed", "cli"))
 BUILDING_BLOCKS = {
+    "allocator",
     "heads",
     "losses",
     "masking",

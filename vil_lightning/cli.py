@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -26,6 +27,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 import vil_lightning.data
 import vil_lightning.methods  # noqa: F401 - makes the short class names known
+from vil_lightning.allocator import keep_freed_memory
 from vil_lightning.backbones.weights import WeightsError, read_file
 from vil_lightning.callbacks import LastCheckpoint, PredictionWriter, RunProgressBar, RunSummary, Throughput
 from vil_lightning.checkpoint_io import LAST, AtomicCheckpointIO, KeepPolicy, newest_good, remove_partial
@@ -138,6 +140,10 @@ class VilCLI(LightningCLI):
             if not isinstance(config[key], Namespace):
                 raise ConfigError(f"{key}={config[key]!r} must be a section of settings, `key: value`.")
         check_values({key: config[key] for key in ("trainer", "checkpoint", "keep", "faults", "model", "data")})
+        if (config.trainer.log_every_n_steps or 0) < 0:
+            raise ConfigError(
+                f"trainer.log_every_n_steps={config.trainer.log_every_n_steps} must be a number of steps, or 0 for no logs."
+            )
         self.run_name = run_name_of(config)
         # Scores and predictions of a run get a folder of their own: they must not change the run's curves or config.yaml.
         log_name = self.run_name if self.subcommand in (None, "fit") else f"{self.run_name}_{self.subcommand}"
@@ -423,6 +429,8 @@ def silence_known_messages() -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command line; what a user can repair ends with one message and exit code 2."""
     silence_known_messages()
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     words = sys.argv[1:] if args is None else args
     if words and words[0] in ("evaluate", "compare", "embed"):  # no subcommands of Lightning's trainer
         return evaluation_command(words[0], words[1:])

@@ -19,6 +19,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from vil_lightning.allocator import keep_freed_memory
 from vil_lightning.errors import ConfigError
 from vil_lightning.evaluation.report import circumstances
 from vil_lightning.ops import MLSTM_BACKENDS
@@ -116,6 +117,7 @@ def run(args: list[str]) -> list[Row]:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
+    kept = device.type == "cpu" and keep_freed_memory()
     chosen = choose(entries(options.model_size, options.backends), options.networks)
     if device.type == "cpu" and "compiled" not in options.modes:  # compilers reserve far more than they use
         _refuse_memory_in_time()
@@ -124,6 +126,7 @@ def run(args: list[str]) -> list[Row]:
         **circumstances(),
         "threads": torch.get_num_threads(),
         # Of the allocator and of threads: they decide more on a CPU than most code does.
+        "freed_memory": "kept, as in every run on a CPU" if kept else "the allocator decides",
         "environment": {k: v for k, v in os.environ.items() if k.startswith(("MALLOC_", "OMP_", "MKL_", "LD_PRELOAD"))},
         "command": shlex.join(["python", "main.py", "speed", *args]),
         "model_size": options.model_size,
@@ -319,6 +322,7 @@ def write(path: Path, facts: dict[str, Any], rows: list[Row]) -> None:
         f"- hardware: {facts['hardware']}, {facts['threads']} torch threads",
         f"- load average of the last minute when started: {facts['load_average']}",
         f"- software: {versions}",
+        f"- memory that is freed: {facts['freed_memory']}",
         f"- environment: {' '.join(f'{k}={v}' for k, v in facts['environment'].items()) or 'nothing set'}",
         f"- command: `{facts['command']}`",
         f"- peak of a matrix product: {facts['matmul_peak_flops'] / 1e9:.0f} GFLOP/s",
