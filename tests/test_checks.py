@@ -91,3 +91,16 @@ def test_check_sections__names_file_and_key(tmp_path: Path) -> None:
             check_sections(["fit", *args])
     path.write_text("data: {class_path: X, init_args: {}}\ncallbacks: [{class_path: Z}]")
     check_sections(["--config", str(path), "--config", "nowhere.yaml", "--config"])
+
+
+def test_check_sections__an_overlay_without_class_and_what_is_no_section(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("data: {init_args: {batch_size: 4}, wings: 2}")
+    with pytest.raises(ConfigError, match=r"a\.yaml: data\.wings is not known"):
+        check_sections(["--config", str(path)])
+    for value in (".inf", "3", "[many]"):  # which a later --trainer.max_epochs would replace without a word
+        path.write_text(f"trainer: {value}")
+        with pytest.raises(ConfigError, match=r"a\.yaml: trainer=.* must be a section"):
+            check_sections(["--config", str(path)])
+    path.write_text("trainer: {max_epochs: 1}\ndata: Digits\n")
+    check_sections(["--config", str(path)])

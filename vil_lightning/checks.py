@@ -82,10 +82,12 @@ def check_values(config: Any) -> None:
 
 
 _NEEDED = object()
+# Later options would take the place of what is no section, without a word.
+_SECTIONS = ("trainer", "checkpoint", "predictions", "keep", "faults")
 
 
 def check_sections(args: Sequence[str]) -> None:
-    """Name what stands beside `class_path` in the YAML files of a command line; jsonargparse only says that it does not fit.
+    """Name what stands beside `class_path` in the YAML files of a command line, and what is no section; jsonargparse does not.
 
     Files that cannot be read are left to the parser.
 
@@ -101,6 +103,9 @@ def check_sections(args: Sequence[str]) -> None:
             content = get_loader("yaml")(Path(path).read_text(encoding="utf-8"))
         except Exception:  # not there, or no YAML
             continue
+        for key in _SECTIONS:
+            if isinstance(content, dict) and not isinstance(content.get(key, {}), dict):
+                raise ConfigError(f"{path}: {key}={content[key]!r} must be a section of settings, `key: value`.")
         for key, unknown in _beside_class_path(content, ""):
             raise ConfigError(
                 f"{path}: {key}{unknown} is not known. Arguments of a class belong into init_args, beside its class_path."
@@ -109,7 +114,7 @@ def check_sections(args: Sequence[str]) -> None:
 
 def _beside_class_path(node: Any, prefix: str) -> Iterator[tuple[str, str]]:
     if isinstance(node, dict):
-        if "class_path" in node:
+        if "class_path" in node or "init_args" in node:  # overlays leave the class to the recipe
             yield from ((prefix, str(name)) for name in node if name not in ("class_path", "init_args", "dict_kwargs"))
         for name, value in node.items():
             yield from _beside_class_path(value, prefix if name == "init_args" else f"{prefix}{name}.")

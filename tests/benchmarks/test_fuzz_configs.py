@@ -106,6 +106,14 @@ def test_make_case__repeats_itself_and_changes_what_it_says(fuzz: ModuleType) ->
         assert all(mistake.names and mistake.text for mistake in case.mistakes)
 
 
+@pytest.mark.parametrize("name", ["trainer/debug", "trainer/ddp", "overlays/instruments"])
+def test_command_of__an_overlay_lies_over_a_recipe(fuzz: ModuleType, name: str) -> None:
+    path = fuzz.CONFIGS / f"{name}.yaml"
+    recipe = fuzz.load_recipes()[path]
+    assert fuzz.command_of(path, recipe)[:5] == ["fit", "--config", "base.yaml", "--config", path.name]
+    assert "train_fraction" not in fuzz.shrink(recipe).get("data", {}).get("init_args", {})
+
+
 def test_fuzz_configs__twenty_cases_end_as_they_should(tmp_path: Path) -> None:
     report = tmp_path / "report.md"
     command = [sys.executable, str(SCRIPT), "--count", "20", "--seed", "5", "--out", str(report)]

@@ -29,13 +29,15 @@ def dino() -> DINO:
     return DINO(backbone, num_prototypes=16, head_hidden_dim=16, head_bottleneck_dim=8, **settings)
 
 
-def fit(callbacks: list[L.Callback], folder: Path, epochs: int = 1) -> tuple[L.Trainer, DINO, Digits]:
+def fit(
+    callbacks: list[L.Callback], folder: Path, epochs: int = 1, log_every_n_steps: int = 1
+) -> tuple[L.Trainer, DINO, Digits]:
     trainer = L.Trainer(
         accelerator="cpu",
         devices=1,
         max_epochs=epochs,
         limit_train_batches=2,
-        log_every_n_steps=1,
+        log_every_n_steps=log_every_n_steps,
         logger=TensorBoardLogger(folder, name="", version="run"),
         callbacks=callbacks,
         enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
@@ -130,6 +132,11 @@ def test_throughput__logs_a_positive_speed(tmp_path: Path) -> None:
     speeds = [value.value for value in log_of(tmp_path).Scalars("speed/images_per_second")]
     assert len(speeds) == 2
     assert min(speeds) > 0
+
+
+def test_throughput__without_logs_there_is_none(tmp_path: Path) -> None:
+    fit([Throughput()], tmp_path, log_every_n_steps=0)
+    assert "speed/images_per_second" not in log_of(tmp_path).Tags()["scalars"]
 
 
 def test_throughput__counts_images_per_second(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,17 +1,21 @@
 """Which images callbacks look at, and where they find the network."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import timm
 import torch
+from small_runs import SMALL, VIL, digits_of_one_view, fit
 from torch import nn
 
+from vil_lightning.callbacks import EmbeddingProjector, FeatureHealth, OnlineKNN, OnlineProbe
 from vil_lightning.callbacks.backbone_of import backbone_of
 from vil_lightning.callbacks.features import pooled_features, spread
 from vil_lightning.errors import ConfigError
+from vil_lightning.methods import MAE, BackboneConfig
 
 
 @pytest.mark.parametrize(
@@ -77,3 +81,24 @@ def test_pooled_features__are_those_of_the_network_without_classifier(name: str,
 
 def test_pooled_features__of_any_other_network_are_its_output() -> None:
     assert torch.equal(pooled_features(nn.Flatten(), torch.ones(2, 3, 1, 1)), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("callback", [EmbeddingProjector, FeatureHealth, OnlineKNN, OnlineProbe])
+def test_callbacks__a_network_that_makes_no_vector_is_refused_before_the_first_step(
+    callback: Any, tmp_path: Path
+) -> None:
+    class Never(L.Callback):
+        def on_train_start(self, *_: Any) -> None:
+            raise AssertionError("training began")
+
+    def run(**kwargs: Any) -> None:
+        backbone = BackboneConfig(VIL, None, {**SMALL, **kwargs})
+        model = MAE(backbone, decoder_dim=32, decoder_depth=1, lr_warmup=0)
+        fit(tmp_path, [Never(), callback()], model, data)
+
+    data = digits_of_one_view()
+    with pytest.raises(ConfigError, match=rf"{callback.__name__} reads one vector.*\(16, 32\).*global_pool"):
+        run(global_pool="")
+    data.img_size = 12
+    with pytest.raises(ConfigError, match=rf"{callback.__name__} shows images of data\.img_size=12 px.*multiple of 8"):
+        run(patch_size=8)

@@ -48,6 +48,19 @@ def small(**kwargs: int) -> str:
             id="precision_of_sharded_training",
         ),
         pytest.param(
+            ["--model.backbone.kwargs", small(patch_size=True)],
+            ["model.backbone", "True", "patch_size"],
+            id="true_for_a_number",
+        ),
+        pytest.param(
+            ["--trainer.log_every_n_steps", "-1"],
+            ["trainer.log_every_n_steps=-1", "0 for no logs"],
+            id="negative_log_steps",
+        ),
+        pytest.param(
+            ["--data.img_size", "12"], ["OnlineKNN", "data.img_size=12", "patch_size=8"], id="scored_image_does_not_fit"
+        ),
+        pytest.param(
             ["--data.train_transform.global_size", "20"],
             ["data.train_transform.global_size=20", "patch_size=8"],
             id="global_crop_not_divisible_by_patch",

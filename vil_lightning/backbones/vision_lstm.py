@@ -120,6 +120,8 @@ _POOLINGS = {
 
 
 def _pair(value: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+    if isinstance(value, bool):  # which is an int to Python
+        raise ValueError(f"A size of {value} is not known: img_size, patch_size and stride are numbers of px.")
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 

@@ -1,5 +1,6 @@
 """Whether features are still spread out and gates still move, in numbers and in words."""
 
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -10,6 +11,7 @@ from torch import Tensor
 from vil_lightning.callbacks.backbone_of import backbone_of
 from vil_lightning.callbacks.features import (
     check_counts,
+    check_pooled,
     collect,
     last_epoch,
     observing,
@@ -62,7 +64,7 @@ class FeatureHealth(L.Callback):
         self._views: list[Tensor] = []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        backbone_of(pl_module)
+        check_pooled(self, trainer, pl_module, partial(pooled_features, backbone_of(pl_module)))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step:  # resumed

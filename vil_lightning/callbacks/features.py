@@ -143,3 +143,30 @@ def check_labelled(callback: L.Callback, trainer: L.Trainer) -> None:
             f"{name} out of trainer.callbacks (--trainer.callbacks '[]' leaves out all of a recipe's), and set "
             "--checkpoint.monitor null if the recipe monitors what it logs."
         )
+
+
+def check_pooled(
+    callback: L.Callback, trainer: L.Trainer, module: L.LightningModule, function: Callable[[Tensor], Tensor]
+) -> None:
+    """Refuse a `function` that does not make one vector of each image, before the first step. All processes call it.
+
+    Raises:
+        ConfigError: If images of `data.img_size` do not fit the network, or it returns something else than vectors.
+    """
+    name, size = type(callback).__name__, getattr(trainer.datamodule, "img_size", None)  # type: ignore[attr-defined]
+    if size is None:  # somebody's own data
+        return
+    with observing(trainer, module):
+        try:
+            features = function(torch.zeros(1, 3, size, size, device=module.device))
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, RuntimeError, AssertionError) as error:
+            raise ConfigError(
+                f"{name} shows images of data.img_size={size} px to the network, which they do not fit: {error}"
+            ) from error
+    if features.ndim != 2:
+        raise ConfigError(
+            f"{name} reads one vector of each image, the network returns {tuple(features.shape[1:])} numbers. Set "
+            f"model.backbone.kwargs.global_pool to a read-out that pools, or take {name} out of trainer.callbacks."
+        )

@@ -5,7 +5,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from vil_lightning.callbacks.features import check_counts, check_labelled, collect
+from vil_lightning.callbacks.features import check_counts, check_labelled, check_pooled, collect
 from vil_lightning.knn import knn_accuracy
 
 
@@ -26,6 +26,7 @@ class OnlineKNN(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         check_labelled(self, trainer)
+        check_pooled(self, trainer, pl_module, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         epoch = trainer.current_epoch + 1

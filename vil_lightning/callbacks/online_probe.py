@@ -6,7 +6,14 @@ import lightning as L
 from torch.nn import functional as F
 
 from vil_lightning.callbacks.backbone_of import backbone_of
-from vil_lightning.callbacks.features import check_counts, check_labelled, collect, last_epoch, pooled_features
+from vil_lightning.callbacks.features import (
+    check_counts,
+    check_labelled,
+    check_pooled,
+    collect,
+    last_epoch,
+    pooled_features,
+)
 from vil_lightning.errors import ConfigError
 from vil_lightning.representation import logistic_regression
 
@@ -39,8 +46,8 @@ class OnlineProbe(L.Callback):
         self.max_iter = max_iter
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        backbone_of(pl_module)
         check_labelled(self, trainer)
+        check_pooled(self, trainer, pl_module, partial(pooled_features, backbone_of(pl_module)))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if (trainer.current_epoch + 1) % self.every_n_epochs and not last_epoch(trainer):

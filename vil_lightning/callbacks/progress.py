@@ -32,7 +32,8 @@ class Throughput(L.Callback):
         self._last = now  # the next batch's loading time counts
         self._images += len(batch[-1]) * trainer.world_size
         # Just when Lightning writes logs: this hook runs after the step was counted.
-        if trainer.global_step % trainer.log_every_n_steps == 0 and self._seconds > 0:  # type: ignore[attr-defined]
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # 0 is never
+        if every and trainer.global_step % every == 0 and self._seconds > 0:
             pl_module.log("speed/images_per_second", self._images / self._seconds)
             self._images, self._seconds = 0, 0.0
             if pl_module.device.type == "cuda":

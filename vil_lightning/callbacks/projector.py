@@ -1,6 +1,7 @@
 """Features of val images for TensorBoard's projector, where one can walk through them."""
 
 import math
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -12,6 +13,7 @@ from vil_lightning.callbacks.backbone_of import backbone_of
 from vil_lightning.callbacks.features import (
     board_writers,
     check_counts,
+    check_pooled,
     last_epoch,
     looks,
     observing,
@@ -39,7 +41,7 @@ class EmbeddingProjector(L.Callback):
         self.size = size
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        backbone_of(pl_module)
+        check_pooled(self, trainer, pl_module, partial(pooled_features, backbone_of(pl_module)))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         every = self.every_n_epochs

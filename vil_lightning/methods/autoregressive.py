@@ -187,8 +187,8 @@ class Autoregressive(L.LightningModule):
         size = getattr(transform, "img_size", None)
         if size is None:
             raise ConfigError(
-                "Autoregressive trains on one view of an image: set data.train_transform to a TrainTransform "
-                f"(got {transform!r}), as configs/pretrain_autoregressive.yaml does."
+                "model.class_path: Autoregressive trains on one view of an image: set data.train_transform to a TrainTransform "
+                f"(it is {type(transform).__name__}), as configs/pretrain_autoregressive.yaml does."
             )
         key = "data.train_transform.img_size"
         check_input_size(self.backbone, size, key)

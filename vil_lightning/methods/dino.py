@@ -30,6 +30,7 @@ from vil_lightning.methods.backbone import (
 from vil_lightning.methods.commands import probe_command
 from vil_lightning.methods.compiling import CompileMode, begin_step, check_compile, compile_network, resolve_mode
 from vil_lightning.methods.randomness import float32_weights, seed_step
+from vil_lightning.methods.run_length import logs_this_step
 from vil_lightning.methods.self_distillation import (
     Auto,
     CollapseWatch,
@@ -183,7 +184,7 @@ class DINO(L.LightningModule):
             student_views = list(student_logits.float().chunk(len(views)))
             center = self.loss.center.clone()  # the loss moves it
             loss = self.loss(teacher_views, student_views, teacher_temp=teacher_temp)
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if logs_this_step(self.trainer):
             targets = ((torch.cat(teacher_views) - center[0]) / teacher_temp).softmax(-1)
             health = prototype_health(loss.detach(), targets, features.detach())
             self.log_dict(health)
@@ -227,8 +228,8 @@ class DINO(L.LightningModule):
         transform = getattr(getattr(self.trainer, "datamodule", None), "train_transform", None)
         if transform is None or not hasattr(transform, "num_local_views"):
             raise ConfigError(
-                "DINO trains on several views of an image: set data.train_transform to a MultiCrop "
-                f"(got {transform!r}), as configs/pretrain_dino.yaml does."
+                "model.class_path: DINO trains on several views of an image: set data.train_transform to a MultiCrop "
+                f"(it is {type(transform).__name__}), as configs/pretrain_dino.yaml does."
             )
         backbone = self.student["backbone"]
         check_input_size(backbone, transform.global_size, "data.train_transform.global_size")

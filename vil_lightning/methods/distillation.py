@@ -43,6 +43,7 @@ from vil_lightning.methods.compiling import CompileMode, begin_step, check_compi
 from vil_lightning.methods.masked import freeze_readout
 from vil_lightning.methods.optimisation import Optimisation
 from vil_lightning.methods.randomness import seed_step
+from vil_lightning.methods.run_length import logs_this_step
 from vil_lightning.schedules import Duration
 
 TEACHER_KEY = "teacher"  # what a checkpoint records instead of the teacher's weights
@@ -178,7 +179,7 @@ class Distillation(L.LightningModule):
                 losses[name] = feature_loss(self.loss_kind, prediction, targets[name])
             loss = torch.stack([self.loss_weights[name] * losses[name] for name in parts]).sum()
         self.log_dict({f"train/loss_{name}": value for name, value in losses.items()})
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if logs_this_step(self.trainer):
             for name in parts:
                 health = agreement(predictions[name].float(), targets[name])
                 self.log_dict({f"health/{key}_{name}": value for key, value in health.items()})
@@ -233,8 +234,8 @@ class Distillation(L.LightningModule):
         size = getattr(transform, "img_size", None)
         if size is None:
             raise ConfigError(
-                "Distillation trains on one view of an image: set data.train_transform to a TrainTransform "
-                f"(got {transform!r}), as configs/pretrain_distillation.yaml does."
+                "model.class_path: Distillation trains on one view of an image: set data.train_transform to a TrainTransform "
+                f"(it is {type(transform).__name__}), as configs/pretrain_distillation.yaml does."
             )
         self.grids = {"student": self._grid(self.backbone, size, "data.train_transform.img_size")}
         with _naming_the_teacher():

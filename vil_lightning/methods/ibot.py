@@ -39,6 +39,7 @@ from vil_lightning.methods.commands import probe_command
 from vil_lightning.methods.compiling import CompileMode, check_compile, compile_blocks, resolve_mode
 from vil_lightning.methods.masked import check_maskable, encode_masked
 from vil_lightning.methods.randomness import float32_weights, seed_step
+from vil_lightning.methods.run_length import logs_this_step
 from vil_lightning.methods.self_distillation import (
     Auto,
     CollapseWatch,
@@ -299,7 +300,7 @@ class IBOT(L.LightningModule):
                 loss = loss + self.koleo_weight * koleo
                 self.log("train/loss_koleo", koleo)
         self.log_dict({"train/loss_image": image_loss, "train/loss_patch": hidden_loss})
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if logs_this_step(self.trainer):
             health = prototype_health(image_loss.detach(), image_targets, features.detach())
             self.log_dict(health)
             self._collapse.warn(self.trainer.global_step, health, image_targets.shape[-1])
@@ -363,8 +364,8 @@ class IBOT(L.LightningModule):
         transform = getattr(data, "train_transform", None)
         if transform is None or not hasattr(transform, "num_local_views"):
             raise ConfigError(
-                f"{self.title} trains on several views of an image: set data.train_transform to a MultiCrop "
-                f"(got {transform!r}), as {self.recipe} does."
+                f"model.class_path: {self.title} trains on several views of an image: set data.train_transform to a MultiCrop "
+                f"(it is {type(transform).__name__}), as {self.recipe} does."
             )
         if self.koleo_weight and data.batch_size < 2:  # type: ignore[union-attr]
             raise ConfigError(

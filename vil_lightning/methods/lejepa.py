@@ -31,6 +31,7 @@ from vil_lightning.methods.commands import probe_command
 from vil_lightning.methods.compiling import CompileMode, begin_step, check_compile, compile_network
 from vil_lightning.methods.optimisation import Optimisation
 from vil_lightning.methods.randomness import seed_step
+from vil_lightning.methods.run_length import logs_this_step
 from vil_lightning.methods.self_distillation import concat_by_size
 from vil_lightning.schedules import Duration
 
@@ -100,7 +101,7 @@ class LeJEPA(L.LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             projected = projected.float().unflatten(0, (len(views), -1))  # (V, B, P)
             loss = self.loss(global_proj=projected[:2], local_proj=projected[2:])
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if logs_this_step(self.trainer):
             self._log_health(projected.detach(), features.detach(), loss.detach())
         return self.optimisation.watch(self, loss)
 
@@ -147,8 +148,9 @@ class LeJEPA(L.LightningModule):
         transform: Any = getattr(getattr(self.trainer, "datamodule", None), "train_transform", None)
         if not getattr(transform, "num_local_views", 0):
             raise ConfigError(
-                "LeJEPA trains on global and local views of an image: set data.train_transform to a MultiCrop with "
-                f"num_local_views of at least 1 (got {transform!r}), as configs/pretrain_lejepa.yaml does."
+                "model.class_path: LeJEPA trains on global and local views of an image: set data.train_transform to a "
+                f"MultiCrop with num_local_views of at least 1 (it is {type(transform).__name__}), as "
+                "configs/pretrain_lejepa.yaml does."
             )
         check_input_size(self.backbone, transform.global_size, "data.train_transform.global_size")
         check_input_size(self.backbone, transform.local_size, "data.train_transform.local_size")

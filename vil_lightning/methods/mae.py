@@ -128,7 +128,8 @@ class MAE(L.LightningModule):
         if not 0 < self.mask_ratio < 1 or not 0 < hidden < total:
             raise ConfigError(
                 f"model.mask_ratio={self.mask_ratio} hides {hidden} of {total} patches ({grid_size[0]} x {grid_size[1]}, "
-                f"model.mask_kind={self.mask_kind}). Choose a ratio that hides some and shows some."
+                f"model.mask_kind={self.mask_kind}). Choose a ratio that hides some and shows some, or more patches (img_size, "
+                "patch_size in model.backbone.kwargs)."
             )
 
     # --- the method ---------------------------------------------------------------------------------------------------
@@ -221,8 +222,8 @@ class MAE(L.LightningModule):
         size = getattr(transform, "img_size", None)
         if size is None:
             raise ConfigError(
-                "MAE trains on one view of an image: set data.train_transform to a TrainTransform "
-                f"(got {transform!r}), as configs/pretrain_mae.yaml does."
+                "model.class_path: MAE trains on one view of an image: set data.train_transform to a TrainTransform "
+                f"(it is {type(transform).__name__}), as configs/pretrain_mae.yaml does."
             )
         check_input_size(self.backbone, size, "data.train_transform.img_size")
         self._check_mask((size // self.patch_size[0], size // self.patch_size[1]))

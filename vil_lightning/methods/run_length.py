@@ -25,6 +25,12 @@ def run_length(trainer: L.Trainer) -> tuple[int, int]:
     return int(total), math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
 
 
+def logs_this_step(trainer: L.Trainer) -> bool:
+    """Whether the step that is being computed is one whose numbers Lightning writes; `trainer.log_every_n_steps=0` is never."""
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return every > 0 and (trainer.global_step + 1) % every == 0
+
+
 def resolve_durations(trainer: L.Trainer, durations: dict[str, Duration]) -> dict[str, int]:
     """Optimiser steps of each duration, and of the run as `total`. Keys are those of the module's arguments.
 

@@ -92,14 +92,15 @@ class SimMIM(L.LightningModule):
     def _check_mask(self, grid_size: tuple[int, int]) -> None:
         if grid_size[0] % self.mask_unit or grid_size[1] % self.mask_unit:
             raise ConfigError(
-                f"model.mask_unit={self.mask_unit} does not divide the grid of {grid_size[0]} x {grid_size[1]} patches."
+                f"model.mask_unit={self.mask_unit} does not divide the grid of {grid_size[0]} x {grid_size[1]} patches. Choose "
+                "a common divisor, or change the grid with img_size and patch_size in model.backbone.kwargs."
             )
         units = (grid_size[0] // self.mask_unit, grid_size[1] // self.mask_unit)
         hidden, total = num_hidden("random", units, self.mask_ratio), units[0] * units[1]
         if not 0 < self.mask_ratio < 1 or not 0 < hidden < total:
             raise ConfigError(
                 f"model.mask_ratio={self.mask_ratio} hides {hidden} of {total} mask units. Choose a ratio that hides some and "
-                "shows some."
+                "shows some, a smaller model.mask_unit, or more patches (img_size, patch_size in model.backbone.kwargs)."
             )
 
     # --- the method ---------------------------------------------------------------------------------------------------
@@ -180,8 +181,8 @@ class SimMIM(L.LightningModule):
         size = getattr(transform, "img_size", None)
         if size is None:
             raise ConfigError(
-                "SimMIM trains on one view of an image: set data.train_transform to a TrainTransform "
-                f"(got {transform!r}), as configs/pretrain_simmim.yaml does."
+                "model.class_path: SimMIM trains on one view of an image: set data.train_transform to a TrainTransform "
+                f"(it is {type(transform).__name__}), as configs/pretrain_simmim.yaml does."
             )
         check_input_size(self.backbone, size, "data.train_transform.img_size")
         self._check_mask((size // self.patch_size[0], size // self.patch_size[1]))

@@ -290,7 +290,8 @@ class Supervised(L.LightningModule):
             raise ConfigError("Supervised needs a data module with labelled images (data.class_path).")
         if stage == "fit" and hasattr(data.train_transform, "num_local_views"):
             raise ConfigError(
-                "Supervised trains on one view of an image: set data.train_transform to a TrainTransform instead of MultiCrop."
+                "model.class_path: Supervised trains on one view of an image: set data.train_transform to a TrainTransform "
+                "instead of MultiCrop."
             )
         if stage == "fit" and self.needs_even_batches and data.batch_size % 2:
             raise ConfigError(
