@@ -4,7 +4,8 @@
     python benchmarks/fuzz_configs.py --seed 0 --case 17        # one case again, with its YAML and all it printed
 
 A case is one shipped recipe, made small enough to run here (`shrink`), with one mistake in it, every fifth time two: a value
-of a wrong type or out of range, an unknown or a deleted key, another class, a section of another recipe. It has to end as
+of a wrong type or out of range, an unknown or a deleted key, another class, a section of another recipe. Overlays are laid over
+`pretrain_dino.yaml`. It has to end as
 
 - valid run: `trainer.fast_dev_run` (one batch of training, one of validation) is finished with finite weights; the commands
   `evaluate` and `embed` are run to their end; or
@@ -59,6 +60,7 @@ from vil_lightning.methods.backbone import CHECKPOINT_KEY
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
+OVERLAYS = ("overlays", "trainer")  # folders of files that are laid over a recipe
 PASSED = ("valid run", "clear error")
 FAILED = ("keyless", "page", "traceback", "late", "not finite", "hang", "crash")
 SECONDS = 60  # for one case
@@ -131,7 +133,7 @@ def shrink(recipe: dict[str, Any], weights: bool = True) -> dict[str, Any]:
         arguments["root"] = {"ImageFolder": "images", "SegmentationFolder": "masks"}[kind]
     if kind == "ShapesSegmentation":
         arguments["num_train"] = arguments["num_val"] = 16
-    if "model" not in recipe and data:
+    if "model" not in recipe and kind != "None":  # to embed or to evaluate
         arguments["train_fraction"] = 0.1
     for task in recipe.get("tasks", []):
         if task["class_path"].endswith("VTAB1k"):
@@ -296,12 +298,13 @@ def make_mistake(
     kind = rng.choice(kinds + ["other class"] * 3 + ["other section"] * 2)
     present = [path for path in paths(shipped) if _exists(recipe, path)]
     leaves = [path for path in present if not isinstance(at(recipe, path), dict | list)]
+    if not leaves:  # the first of two mistakes has left nothing to change
+        kind = "unknown key"
     # Without a size, 224 px would be cut into patches of 4 px: right, but minutes long with a scan token by token.
     scans = "vim" in str(recipe.get("model", {}))
     if kind == "other class":
         places = [path for path in present if path[-1] == "class_path"]
-        if not places:
-            kind = "unknown key"
+        kind = kind if places else "unknown key"
     if kind in ("out of range", "wrong type"):
         path = rng.choice(leaves if rng.random() < 0.8 else present)
         old = at(recipe, path)
@@ -394,10 +397,11 @@ def command_of(path: Path, shipped: dict[str, Any]) -> list[str]:
     network = [*("--backbone.name", "vil2_tiny_patch16_224"), *("--backbone.kwargs", json.dumps(small_kwargs("vil")))]
     if "tasks" in shipped:
         return ["evaluate", *own, *network, "--device", "cpu", "--progress", "false"]
-    if "model" not in shipped and "data" in shipped:
+    overlay = path.parent.name in OVERLAYS
+    if "model" not in shipped and not overlay:
         return ["embed", *own, *network, "--device", "cpu", "--progress", "false", "--out", "vectors.npz"]
     command = "validate" if path == CONFIGS / "imagenet/evaluate.yaml" else "fit"
-    if "model" not in shipped:  # an overlay
+    if overlay:
         own = ["--config", "base.yaml", *own]
     return [command, *own, "--trainer.fast_dev_run", "true", "--trainer.enable_progress_bar", "false"]
 
