@@ -3,8 +3,9 @@
     python benchmarks/soak.py --minutes 30 --out benchmarks/results/soak
 
 Runs the shipped recipe, with its validation, pictures and checkpoints, and samples this process. The first tenth is left out
-(allocators and caches fill up); of the rest the first third is compared with the last. Speed is given per second and per second
-of CPU time: the latter hardly feels other programs on the machine.
+(allocators and caches fill up); of the rest the first third is compared with the last. Speed is given per second, per second of
+CPU time, which hardly feels other programs on the machine, and per yardstick: at every sample a fixed piece of the same kind of
+work is timed, so that a machine that gets faster or slower does not pass for a run that does.
 """
 
 import argparse
@@ -22,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import timm
 import torch
 
 from vil_lightning import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-COLUMNS = ("seconds", "cpu_seconds", "step", "memory_mib", "handles", "threads", "objects")
+COLUMNS = ("seconds", "cpu_seconds", "step", "yardstick_seconds", "memory_mib", "handles", "threads", "objects")
 
 
 class Sampler(L.Callback):
@@ -37,18 +39,34 @@ class Sampler(L.Callback):
         self.file = path.open("w", newline="")
         self.writer = csv.writer(self.file)
         self.writer.writerow(COLUMNS)
-        self.every, self.start, self.next = every, time.monotonic(), 0.0
+        self.every, self.start, self.next, self.own_cpu = every, time.monotonic(), 0.0, 0.0
+        with torch.random.fork_rng():
+            self.network = timm.create_model("vil2_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=64, depth=4)
+            self.images = torch.randn(64, 3, 16, 16)
+
+    def yardstick(self) -> float:
+        """Seconds of the same work each time, the median of five."""
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            torch.autograd.grad(self.network(self.images).sum(), list(self.network.parameters()))
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         now = time.monotonic() - self.start
         if now < self.next:
             return
+        cpu, yardstick = time.process_time(), self.yardstick()
+        spent, cpu = time.monotonic() - self.start - now, time.process_time() - cpu
+        self.start, self.own_cpu = self.start + spent, self.own_cpu + cpu  # its own time is no part of the run
         self.next = now + self.every
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         row = (
             round(now, 2),
-            round(time.process_time(), 2),
+            round(time.process_time() - self.own_cpu, 2),
             trainer.global_step,
+            round(yardstick, 5),
             round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1),
             len(os.listdir("/proc/self/fd")),
             len(os.listdir("/proc/self/task")),
@@ -99,9 +117,12 @@ def report(rows: list[list[float]], started: datetime.datetime, load: float, com
     def speed(part: list[list[float]], clock: int) -> float:
         return (part[-1][2] - part[0][2]) / (part[-1][clock] - part[0][clock])
 
+    place = COLUMNS.index("yardstick_seconds")
+    yardsticks = [statistics.median(row[place] for row in part) for part in parts]
     lines = [
         ("steps per second", speed(parts[0], 0), speed(parts[1], 0)),
         ("steps per second of CPU time", speed(parts[0], 1), speed(parts[1], 1)),
+        ("steps per yardstick", speed(parts[0], 0) * yardsticks[0], speed(parts[1], 0) * yardsticks[1]),
     ]
     for name in COLUMNS[3:]:
         place = COLUMNS.index(name)
