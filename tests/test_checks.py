@@ -102,5 +102,6 @@ def test_check_sections__an_overlay_without_class_and_what_is_no_section(tmp_pat
         path.write_text(f"trainer: {value}")
         with pytest.raises(ConfigError, match=r"a\.yaml: trainer=.* must be a section"):
             check_sections(["--config", str(path)])
-    path.write_text("trainer: {max_epochs: 1}\ndata: Digits\n")
-    check_sections(["--config", str(path)])
+    for text in ("trainer: {max_epochs: 1}\ndata: Digits\n", "trainer: own.yaml", "trainer:", "- 1"):  # to the parser
+        path.write_text(text)
+        check_sections(["--config", str(path)])

@@ -104,7 +104,8 @@ def check_sections(args: Sequence[str]) -> None:
         except Exception:  # not there, or no YAML
             continue
         for key in _SECTIONS:
-            if isinstance(content, dict) and not isinstance(content.get(key, {}), dict):
+            # The parser takes a string for the name of a file.
+            if isinstance(content, dict) and not isinstance(content.get(key), dict | str | None):
                 raise ConfigError(f"{path}: {key}={content[key]!r} must be a section of settings, `key: value`.")
         for key, unknown in _beside_class_path(content, ""):
             raise ConfigError(

@@ -452,6 +452,7 @@ def test_block_diagonal_linear__with_heads_equals_cutting_its_result(dim: int, n
     x = torch.randn(2, 3, dim, dtype=torch.float64)
     expected = linear(x).unflatten(-1, (num_heads, -1)).transpose(1, 2)
     torch.testing.assert_close(linear(x, num_heads), expected)
+    assert linear(x[:0], num_heads).shape == expected[:0].shape
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -463,9 +464,12 @@ def test_multi_head_norm__is_a_norm_of_each_head_whatever_the_memory_order(order
     x = x.permute(order).contiguous().permute(order)  # an involution each
     heads = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
     expected = heads.transpose(1, 2).flatten(2) * norm.weight + skip * residual
-    output = norm(x, skip, residual)
-    torch.testing.assert_close(output, expected if norm.bias is None else expected + norm.bias)
-    assert output.is_contiguous()
+    expected = expected if norm.bias is None else expected + norm.bias
+    # Version 1's convolution leaves the tokens innermost.
+    for added in (residual, residual.transpose(1, 2).contiguous().transpose(1, 2)):
+        output = norm(x, skip, added)
+        torch.testing.assert_close(output, expected)
+        assert output.is_contiguous()
 
 
 # --- bad arguments ----------------------------------------------------------------------------------------------------

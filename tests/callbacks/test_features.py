@@ -1,7 +1,9 @@
 """Which images callbacks look at, and where they find the network."""
 
 import itertools
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -13,7 +15,7 @@ from torch import nn
 
 from vil_lightning.callbacks import EmbeddingProjector, FeatureHealth, OnlineKNN, OnlineProbe
 from vil_lightning.callbacks.backbone_of import backbone_of
-from vil_lightning.callbacks.features import pooled_features, spread
+from vil_lightning.callbacks.features import check_pooled, pooled_features, spread
 from vil_lightning.errors import ConfigError
 from vil_lightning.methods import MAE, BackboneConfig
 
@@ -102,3 +104,28 @@ def test_callbacks__a_network_that_makes_no_vector_is_refused_before_the_first_s
     data.img_size = 12
     with pytest.raises(ConfigError, match=rf"{callback.__name__} shows images of data\.img_size=12 px.*multiple of 8"):
         run(patch_size=8)
+
+
+def check(function: Any) -> None:
+    """`check_pooled` outside a run."""
+    plugin = SimpleNamespace(forward_context=nullcontext)
+    trainer: Any = SimpleNamespace(datamodule=SimpleNamespace(img_size=16), precision_plugin=plugin)
+    check_pooled(OnlineKNN(), trainer, L.LightningModule(), function)
+
+
+def test_check_pooled__compiles_nothing_for_one_image() -> None:
+    def never(*_: Any) -> Any:
+        raise AssertionError("compiled")
+
+    torch._dynamo.reset()
+    check(torch.compile(lambda images: images.mean((2, 3)), backend=never))
+
+
+def test_check_pooled__too_little_memory_is_not_a_wrong_image() -> None:
+    def fail(images: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 12 bytes.")
+
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        check(fail)
+    with pytest.raises(ConfigError, match=r"data\.img_size=16.*Kernel size"):
+        check(lambda images: torch.conv2d(images, torch.zeros(1, 3, 20, 20)))

@@ -284,6 +284,42 @@ def test_compile__on_a_cpu_the_chunkwise_form_is_one_operator_but_not_in_an_expo
     torch.testing.assert_close(program.module()(*inputs), run_chunkwise(*inputs))
 
 
+def test_compile__the_operator_is_given_contiguous_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    # One image, gates cut from (B, S, 2 NH), tokens before heads: views remain views wherever one image allows it.
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in make_inputs(1, 2, 16, 4)[:3])
+    igate, fgate = torch.randn(1, 16, 4, dtype=torch.float64).transpose(1, 2).chunk(2, dim=1)
+    expected = mlstm(q, k, v, igate, fgate, backend="chunkwise", chunk_size=8)
+    operator, called = chunkwise._forward_op, []
+
+    def watch(*args: Any) -> Any:
+        called.append([x.is_contiguous() for x in args[:6]])
+        return operator(*args)
+
+    monkeypatch.setattr(chunkwise, "_forward_op", watch)
+    monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
+    torch.testing.assert_close(mlstm(q, k, v, igate, fgate, backend="chunkwise", chunk_size=8), expected)
+    assert called == [[True] * 6]
+
+
+@pytest.mark.slow
+def test_compile__with_torchs_own_compiler_and_one_image() -> None:
+    generator = torch.Generator().manual_seed(0)
+    qkv = [torch.randn(1, 16, 2, 4, generator=generator).requires_grad_() for _ in range(3)]
+    gates = torch.randn(1, 16, 4, generator=generator).requires_grad_()
+
+    def run_one(*args: Tensor) -> Tensor:
+        igate, fgate = args[3].transpose(1, 2).chunk(2, dim=1)
+        return mlstm(*(x.transpose(1, 2) for x in args[:3]), igate, fgate, backend="chunkwise", chunk_size=8)
+
+    torch._dynamo.reset()
+    results = []
+    for function in (run_one, torch.compile(run_one, fullgraph=True)):
+        out = function(*qkv, gates)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (*qkv, gates))))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -137,7 +137,12 @@ class BlockDiagonalLinear(nn.Module):
         tiles = self._tiles(num_tiles).transpose(1, 2)
         y = torch.bmm(y, tiles) if self.bias is None else torch.baddbmm(self.bias.view(num_tiles, 1, -1), y, tiles)
         if heads > 1:
-            return y.unflatten(0, (heads, -1)).transpose(1, 2).reshape(heads, *x.shape[:2], -1).transpose(0, 1)
+            return (
+                y.unflatten(0, (heads, -1))
+                .transpose(1, 2)
+                .reshape(heads, *x.shape[:2], self.dim // heads)
+                .transpose(0, 1)
+            )
         y = y.transpose(0, 1).reshape(x.shape)
         return y if num_heads is None else y.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
@@ -232,6 +237,7 @@ class MultiHeadNorm(nn.Module):
         x = F.layer_norm(x, x.shape[-1:], eps=self.eps)
         x = x.permute(1, 2, 0, 3) if heads_first else x.transpose(1, 2)  # (B, S, NH, DH)
         weight = self.weight.unflatten(0, x.shape[2:])
+        residual = residual.contiguous()  # that of a convolution along the scan is not
         added = residual * skip if self.bias is None else torch.addcmul(self.bias, residual, skip)
         # Laid out as its first argument, token by token, so that `flatten` copies nothing.
         return torch.addcmul(added.unflatten(2, x.shape[2:]), x, weight).flatten(2)

@@ -48,7 +48,7 @@ def mlstm_chunkwise(
     q, k, v = (x.reshape(batch * heads, num_chunks, length, head_dim) for x in (q, k, v))
     numbers = (x.reshape(batch * heads, num_chunks, length) for x in (decay_sum, igate, row_max))
     if q.device.type == "cpu" and torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
-        hidden, _ = _forward_op(q, k, v, *numbers, reverse, eps)
+        hidden, _ = _forward_op(*(x.contiguous() for x in (q, k, v, *numbers)), reverse, eps)
     else:
         hidden = _Chunkwise.apply(q, k, v, *numbers, reverse, eps)
     hidden = hidden.view(batch, heads, num_chunks * length, head_dim)
@@ -271,12 +271,12 @@ _backward_op = torch.library.custom_op("vil_lightning::mlstm_chunkwise_backward"
 
 @_forward_op.register_fake
 def _(q, k, v, decay_sum, igate, row_max, reverse, eps):  # type: ignore[no-untyped-def]
-    return torch.empty_like(v), igate.new_empty(igate.shape, dtype=torch.promote_types(q.dtype, torch.float32))
+    return v.new_empty(v.shape), igate.new_empty(igate.shape, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @_backward_op.register_fake
 def _(hidden_grad, q, k, v, decay_sum, igate, row_max, *args):  # type: ignore[no-untyped-def]
-    return tuple(torch.empty_like(x) for x in (q, k, v, decay_sum, igate, row_max))
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, decay_sum, igate, row_max))
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -126,8 +126,10 @@ def run(args: list[str]) -> list[Row]:
         **circumstances(),
         "threads": torch.get_num_threads(),
         # Of the allocator and of threads: they decide more on a CPU than most code does.
-        "freed_memory": "kept, as in every run on a CPU" if kept else "the allocator decides",
-        "environment": {k: v for k, v in os.environ.items() if k.startswith(("MALLOC_", "OMP_", "MKL_", "LD_PRELOAD"))},
+        "freed_memory": "kept" if kept else "given back as the allocator decides",
+        "environment": {
+            k: v for k, v in os.environ.items() if k.startswith(("MALLOC_", "GLIBC_", "OMP_", "MKL_", "LD_PRELOAD"))
+        },
         "command": shlex.join(["python", "main.py", "speed", *args]),
         "model_size": options.model_size,
         "dtype": options.dtype,
