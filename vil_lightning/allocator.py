@@ -12,7 +12,7 @@ def keep_freed_memory() -> bool:
     """Let glibc keep what is freed, for the next activations of the same size.
 
     By default it gives large blocks back to Linux at once and asks for them again in the next layer; every page is then cleared
-    anew, which takes a fifth to a third of a forward pass at 224 px (benchmarks/PERFORMANCE.md). In exchange the process holds
+    anew, which takes up to a quarter of a forward pass at 224 px (benchmarks/PERFORMANCE.md). In exchange the process holds
     what it once needed until it ends.
 
     Returns:

@@ -123,9 +123,8 @@ def _gates(
     rows = (decay_sum - stab) - (end_sum - end_stab)[..., None]
     columns = log_scale - rows - stab + igate
     decay = _exp_(rows.to(dtype)[..., :, None] + columns.to(dtype)[..., None, :])
-    decay = (
-        decay.triu_() if reverse else decay.tril_()
-    )  # later tokens, for which exponents may be positive, are not read
+    # Later tokens, for which exponents may be positive, are not read.
+    decay = decay.triu_() if reverse else decay.tril_()
     if num_chunks == 1:
         read = write = decay[:, :0]  # there is no state
     else:
