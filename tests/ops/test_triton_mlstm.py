@@ -80,11 +80,13 @@ def test_one_pass__is_the_recurrence(seq_len: int, head_dim: int, fgate: float, 
     assert_exact(gradients(mlstm, inputs, torch.float32, backend="triton", reverse=reverse), expected)
 
 
+CHUNKS = [(16, 16, 16), (17, 24, 16), (48, 16, 16), (100, 24, 32)]
+
+
 @DIRECTIONS
-@pytest.mark.parametrize("fgate", [-50.0, 2.0, 6.0])
 @pytest.mark.parametrize(
-    ("seq_len", "head_dim", "chunk_size"),
-    [(16, 16, 16), (17, 24, 16), (48, 16, 16), (100, 24, 32), (70, 96, 64), (20, 144, 16)],
+    ("seq_len", "head_dim", "chunk_size", "fgate"),
+    [*((*sizes, fgate) for sizes in CHUNKS for fgate in (-50.0, 2.0, 6.0)), (70, 96, 64, 2.0), (20, 144, 16, 2.0)],
 )
 def test_chunks__are_the_recurrence(
     seq_len: int, head_dim: int, chunk_size: int, fgate: float, reverse: bool, monkeypatch: pytest.MonkeyPatch

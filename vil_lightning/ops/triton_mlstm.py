@@ -15,6 +15,7 @@ Gates, their sums and the normaliser take S numbers a head: plain torch prepares
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,7 +28,6 @@ from vil_lightning.ops.chunkwise import gate_sums
 ONE_PASS_UP_TO = 512
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INTERPRETED = not isinstance(kernels.forward_kernel, triton.runtime.JITFunction)
-_BLOCK = 64  # tokens
 
 
 def mlstm_triton(
@@ -40,13 +40,13 @@ def mlstm_triton(
     reverse: bool,
     chunk_size: int,
     eps: float,
-    block: int = _BLOCK,
+    block: int | None = None,
 ) -> Tensor:
     """Shapes as in `mlstm`, `log_fgate` as in `mlstm_recurrent`.
 
     Args:
         chunk_size: Of sequences above `ONE_PASS_UP_TO` tokens; rounded up to whole blocks.
-        block: Tokens a program handles at a time, a power of 2 from 16.
+        block: Tokens a program handles at a time, a power of 2 from 16; see `_Tiles` if None.
 
     Raises:
         ValueError: For a dtype that is not in `DTYPES`, or different ones, and on a CPU without Triton's interpreter.
@@ -65,6 +65,7 @@ def mlstm_triton(
         # From here in the order of the scan. Gates have 1 / DH of the size of q, k or v.
         igate, log_fgate = igate.flip(-1), log_fgate.flip(-1)
     decay_sum, row_max = gate_sums(igate, log_fgate)
+    block = block or _tiles(q).block
     seq_len = q.shape[2]
     one_pass = seq_len <= ONE_PASS_UP_TO
     chunk_blocks = -(-(seq_len if one_pass else chunk_size) // block)
@@ -98,8 +99,8 @@ def _forward(
     hidden, read_sum = torch.empty_like(q), torch.empty_like(igate, memory_format=torch.contiguous_format)
     settings = _settings(q, reverse, block)
     states = _states(k, v, gates.write / math.sqrt(q.shape[-1]), torch.ones_like(gates.write), gates, settings, False)
-    v_width = _wide(q.shape[-1])
-    kernels.forward_kernel[_grid(q, block, v_width)](
+    tiles = _tiles(q)
+    kernels.forward_kernel[_grid(q, block, tiles.wide)](
         *(q, k, v),
         *(gates.coarse, gates.fine, gates.igate, gates.stab, gates.floor, gates.eps, gates.read),
         *states,
@@ -107,8 +108,8 @@ def _forward(
         1 / math.sqrt(q.shape[-1]),
         *gates.sizes(q),
         **settings,
-        K_WIDTH=_narrow(q.shape[-1]),
-        V_WIDTH=v_width,
+        K_WIDTH=tiles.narrow,
+        V_WIDTH=tiles.wide,
     )
     return hidden.transpose(1, 2), read_sum
 
@@ -153,9 +154,9 @@ def _backward(
 
     write = gates.write * scale
     states = _states(k, v, write, torch.ones_like(write), gates, settings, False)
-    narrow, wide = _narrow(head_dim), _wide(head_dim)
+    tiles = _tiles(q)
     q_grad = torch.empty_like(q)
-    grid = _grid(q, block, wide)
+    grid = _grid(q, block, tiles.wide)
     row_grad = q.new_empty(grid[0], grid[2], q.shape[1], dtype=torch.float32)
     kernels.query_grad_kernel[grid](
         *(q, k, v, hidden_grad),
@@ -164,15 +165,15 @@ def _backward(
         scale,
         *gates.sizes(q),
         **settings,
-        K_WIDTH=wide,
-        V_WIDTH=narrow,
+        K_WIDTH=tiles.wide,
+        V_WIDTH=tiles.narrow,
     )
     del states
     # Of the state: what reads it is weighted as the numerator is, and the normaliser by its own gradient.
     read = gates.read * inverse
     state_grads = _states(q, hidden_grad, read, sum_grad / inverse, gates, settings, True)
     k_grad, v_grad = torch.empty_like(k), torch.empty_like(v)
-    grid = _grid(q, block, narrow)
+    grid = _grid(q, block, tiles.narrow)
     column_grad = q.new_empty(grid[0], grid[2], q.shape[1], dtype=torch.float32)
     kernels.key_value_grad_kernel[grid](
         *(q, k, v, hidden_grad),
@@ -181,7 +182,7 @@ def _backward(
         scale,
         *gates.sizes(q),
         **settings,
-        WIDTH=narrow,
+        WIDTH=tiles.narrow,
     )
     # The logarithm of a weight is F_t - F_s + a_s + ...: gradients summed over rows and over columns, from what is not yet
     # rounded to the dtype of q and k, since they nearly cancel.
@@ -266,7 +267,7 @@ def _states(
 ) -> tuple[Tensor, Tensor]:
     """Memories (B * NH, N, DH, DH) and normalisers (B * NH, N, DH) that enter the chunks but the first, or their gradients."""
     batch, _, heads, head_dim = key.shape
-    count, k_width, v_width = gates.num_states, _narrow(head_dim), _wide(head_dim)
+    count, tiles = gates.num_states, _tiles(key)
     memory = key.new_empty(batch * heads, count, head_dim, head_dim, dtype=torch.float32)
     norm = key.new_empty(batch * heads, count, head_dim, dtype=torch.float32)
     if count == 0:
@@ -274,41 +275,66 @@ def _states(
     # The factor belongs to the step that the state takes before a chunk is added to it; the first step starts from 0.
     one = gates.stab.new_ones(*gates.stab.shape[:2], 1)
     keep = torch.cat([gates.keep, one] if backward else [one, gates.keep], dim=-1).contiguous()
-    grid = (batch * heads, -(-head_dim // k_width), -(-head_dim // v_width))
+    grid = (batch * heads, -(-head_dim // tiles.narrow), -(-head_dim // tiles.wide))
     kernels.states_kernel[grid](
         *(key, value, weight.contiguous(), value_sum.contiguous(), keep, memory, norm),
         *gates.sizes(key),
         **settings,
-        K_WIDTH=k_width,
-        V_WIDTH=v_width,
+        K_WIDTH=tiles.narrow,
+        V_WIDTH=tiles.wide,
         BACKWARD=backward,
     )
     return memory, norm
 
 
+class _Tiles(NamedTuple):
+    """How work is cut up. Chosen by what compilers make of it (`benchmarks/kernels.py`), not by timings: it fits the shared
+    memory of common GPUs, and hardly a register is spilled.
+
+    Args:
+        block: Tokens a program handles at a time.
+        narrow: Channels of a tile that is summed over; without padding for 96, 192 and 384, the published widths of heads.
+        wide: Channels of a tile of the result, a power of 2. The fewer tiles, the fewer products are computed again.
+        num_warps: Of a program.
+    """
+
+    block: int
+    narrow: int
+    wide: int
+    num_warps: int
+
+
+def _tiles(x: Tensor) -> _Tiles:
+    # Exact products of float32 run outside of matrix units and hold their operands in registers: tiles are a quarter as large.
+    block, narrow, wide = (32, 32, 64) if x.dtype == torch.float32 else (64, 64, 128)
+    head_dim = x.shape[-1]
+    widths = [width for width in (64, 32, 16) if width <= narrow]
+    narrow = next((width for width in widths if head_dim % width == 0), 32 if head_dim > 16 else 16)
+    wide = min(wide, max(16, 1 << (head_dim - 1).bit_length()))
+    return _Tiles(block, narrow, wide, num_warps=4 if wide <= 32 else 8)
+
+
 def _settings(x: Tensor, reverse: bool, block: int) -> dict[str, object]:
     """Compile-time arguments of all kernels."""
-    exact = torch.get_float32_matmul_precision() == "highest"
-    precision = "interpreted" if INTERPRETED else "ieee" if exact else "tf32"
-    # States are kept in float32. Rounded to half precision, they would not agree on the gradient of what flows through them.
-    state_precision = "tf32" if precision == "ieee" and x.dtype != torch.float32 else precision
-    settings = {"DH": x.shape[-1], "BLOCK": block, "REVERSE": reverse}
-    return {**settings, "PRECISION": precision, "STATE_PRECISION": state_precision}
+    exact = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    # AMD's compiler knows tf32 for some GPUs only.
+    precision = "interpreted" if INTERPRETED else "ieee" if exact or torch.version.hip else "tf32"
+    return {
+        "DH": x.shape[-1],
+        "BLOCK": block,
+        "REVERSE": reverse,
+        "PRECISION": precision,
+        # States are kept in float32. Rounded to half, they would not agree on the gradient of what flows through them.
+        "STATE_PRECISION": precision,
+        "num_warps": _tiles(x).num_warps,
+        "num_stages": 2,
+        "enable_fp_fusion": True,  # said because Triton's default changes with 3.10
+    }
 
 
 def _grid(x: Tensor, block: int, width: int) -> tuple[int, int, int]:
     batch, seq_len, heads, head_dim = x.shape
     return batch * heads, -(-seq_len // block), -(-head_dim // width)
-
-
-def _narrow(head_dim: int) -> int:
-    """Width of a tile that is summed over: without padding for 96, 192 and 384, the published widths."""
-    return next((width for width in (64, 32, 16) if head_dim % width == 0), 32 if head_dim > 16 else 16)
-
-
-def _wide(head_dim: int) -> int:
-    """Width of a tile of the result: a power of 2, and the fewer tiles, the fewer products are computed again."""
-    return min(128, max(16, 1 << (head_dim - 1).bit_length()))
 
 
 def _token_major(x: Tensor) -> Tensor:
