@@ -37,8 +37,8 @@ from vil_lightning.ops import triton_kernels, triton_mlstm
 # of AMD's local data share.
 SHARED = {"sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 SHARED |= {"gfx90a": 64, "gfx942": 64, "gfx1100": 64}
-KERNELS = ("states_kernel", "forward_kernel", "query_grad_kernel", "key_value_grad_kernel")
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+NAMES = ("gates", "states", "forward", "denominator_grad", "query_grad", "key_value_grad")
+POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 
 class Launch(NamedTuple):
@@ -78,9 +78,9 @@ def launches(dtype: torch.dtype, head_dim: int, seq_len: int, amd: bool) -> Iter
     chunk_size = block * math.ceil((seq_len if seq_len <= triton_mlstm.ONE_PASS_UP_TO else 64) / block)
     settings = (True, chunk_size, block, 1e-6)
     with ExitStack() as stack:
-        for name in KERNELS:
-            recorder = Recorder(getattr(triton_kernels, name))
-            stack.enter_context(mock.patch.object(triton_kernels, name, recorder))
+        for name in NAMES:
+            kernel = f"{name}_kernel"
+            stack.enter_context(mock.patch.object(triton_kernels, kernel, Recorder(getattr(triton_kernels, kernel))))
         stack.enter_context(mock.patch.object(torch.version, "hip", "any" if amd else None))
         hidden, read_sum = triton_mlstm._forward(q, k, v, wide, igate, wide.clone(), *settings)
         triton_mlstm._backward(

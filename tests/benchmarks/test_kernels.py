@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is made for Linux")
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernels.py"
-KERNELS = ["states", "forward", "query_grad", "key_value_grad"]
+KERNELS = ["gates", "states", "forward", "denominator_grad", "query_grad", "key_value_grad"]
 
 
 def table(*args: str) -> list[list[str]]:
@@ -24,13 +24,13 @@ def table(*args: str) -> list[list[str]]:
 
 def test_published_width__compiles_and_uses_matrix_units() -> None:
     rows = table("--targets", "sm_90", "--dtypes", "bfloat16", "--head_dims", "96")
-    assert [row[4] for row in rows] == KERNELS
+    assert sorted(row[4] for row in rows) == sorted(KERNELS)
     for row in rows:
         registers, spilled, _, _, programs, matrix_instructions = (float(cell) for cell in row[6:])
-        assert 32 <= registers <= 255
+        assert 16 <= registers <= 255
         assert spilled == 0
         assert programs >= 1
-        assert matrix_instructions > 0
+        assert (matrix_instructions > 0) == (row[4] not in ("gates", "denominator_grad"))
 
 
 @pytest.mark.slow
@@ -39,5 +39,5 @@ def test_common_gpus__every_kernel_can_be_launched(target: str) -> None:
     rows = table(
         "--targets", target, "--dtypes", "bfloat16", "float16", "float32", "--head_dims", "16", "24", "192", "512"
     )
-    assert [row[4] for row in rows] == KERNELS * 3 * 4
+    assert sorted(row[4] for row in rows) == sorted(KERNELS * 3 * 4)
     assert all(int(row[7]) <= 256 for row in rows), rows  # bytes that a thread spills

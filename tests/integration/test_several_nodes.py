@@ -218,12 +218,15 @@ def test_own_launcher__all_processes_end_and_name_the_cause(run: Run, rank: int)
     seconds_until_gone(workers, 60)
     print(f"ended after {time.monotonic() - start:.1f} s")
     assert code != 0
+    # Lightning looks for dead processes every five seconds, and kills all others at once: rarely, it comes first.
+    by_lightning = f"Child process with PID {workers[1]} terminated with code -9"
+    if rank == 1 and by_lightning in run.output() and "--resume auto" not in run.output():
+        return
+    assert "has lost another process of this run" in run.output()
+    assert "--resume auto" in run.output()
     if rank == 1:
         assert "Process 1 (PID " in run.output()
         assert "SIGKILL" in run.output()
-    else:
-        assert "has lost another process of this run" in run.output()
-    assert "--resume auto" in run.output()
 
 
 @pytest.mark.slow

@@ -92,12 +92,106 @@ def _matrix(ptr, first_k, first_v, DH: tl.constexpr, K_WIDTH: tl.constexpr, V_WI
 
 
 @triton.jit
+def gates_kernel(
+    decay_sum,  # (BH, S), float64: F
+    igate,
+    row_max,  # (BH, S), float64: max over s of F_t - F_s + a_s
+    coarse,  # results (BH, S), float32: F in two parts
+    fine,
+    stab,  # max(row_max, 0)
+    floor,  # exp(-stab)
+    eps,  # eps_value * exp(row_max - stab)
+    read,  # weight with which a token reads the state that enters its chunk
+    write,  # weight with which it is written to the one that leaves, with the scale of its key
+    eps_value,
+    scale,
+    seq_len,
+    num_states,
+    chunk_size,
+    BLOCK: tl.constexpr,
+):
+    """What the gates amount to. A state is scaled by exp(-stab) of the last token it has seen; all exponents are at most 0."""
+    head = tl.program_id(0).to(tl.int64)
+    places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < seq_len
+    decay_sum, row_max, numbers = decay_sum + head * seq_len, row_max + head * seq_len, head * seq_len + places
+    total = tl.load(decay_sum + places, inside, 0.0)
+    largest = tl.load(row_max + places, inside, 0.0)
+    stabiliser = tl.maximum(largest, 0.0)
+    rounded = total.to(tl.float32)
+    tl.store(coarse + numbers, rounded, inside)
+    tl.store(fine + numbers, (total - rounded.to(tl.float64)).to(tl.float32), inside)
+    tl.store(stab + numbers, stabiliser.to(tl.float32), inside)
+    tl.store(floor + numbers, tl.exp(-stabiliser).to(tl.float32), inside)
+    tl.store(eps + numbers, (eps_value * tl.exp(largest - stabiliser)).to(tl.float32), inside)
+    if num_states > 0:
+        chunk = places // chunk_size
+        enters, leaves = inside & (chunk > 0), inside & (chunk < num_states)
+        last = chunk * chunk_size - 1  # token of the chunk before
+        entering = tl.load(decay_sum + last, enters, 0.0) - tl.maximum(tl.load(row_max + last, enters, 0.0), 0.0)
+        weight = tl.exp(tl.where(enters, total - stabiliser - entering, float("-inf")))
+        tl.store(read + numbers, weight.to(tl.float32), inside)
+        last += chunk_size
+        leaving = tl.load(decay_sum + last, leaves, 0.0) - tl.maximum(tl.load(row_max + last, leaves, 0.0), 0.0)
+        gate = tl.load(igate + numbers, inside, 0.0).to(tl.float64)
+        weight = scale * tl.exp(tl.where(leaves, leaving - total + gate, float("-inf")))
+        tl.store(write + numbers, weight.to(tl.float32), inside)
+
+
+@triton.jit
+def denominator_grad_kernel(
+    hidden,
+    hidden_grad,
+    read_sum,
+    floor,
+    eps,
+    read,
+    inverse,  # results (BH, S): 1 / denominator
+    sum_grad,  # gradient of the sum of a row of weights
+    row_max_grad,  # in float64
+    state_read,  # weight with which the gradient of what a token reads is written to that of the state
+    state_sum,  # what takes the place of a value's 1 in the gradient of the normaliser
+    seq_len,
+    heads,
+    num_states,
+    DH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """What the denominator max(|n|, floor) + eps passes on, a number a token."""
+    head = tl.program_id(0).to(tl.int64)
+    places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < seq_len
+    start = (head // heads) * seq_len * heads * DH + (head % heads) * DH
+    hidden, hidden_grad, numbers = hidden + start, hidden_grad + start, head * seq_len + places
+    product = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, DH, WIDTH):
+        grads = _vectors(hidden_grad, places, first, seq_len, heads, DH, WIDTH, REVERSE).to(tl.float32)
+        outputs = _vectors(hidden, places, first, seq_len, heads, DH, WIDTH, REVERSE).to(tl.float32)
+        product += tl.sum(grads * outputs, axis=1)
+    total, floor_t = tl.load(read_sum + numbers, inside, 0.0), tl.load(floor + numbers, inside, 1.0)
+    eps_t = tl.load(eps + numbers, inside, 0.0)
+    inverse_t = 1.0 / (tl.maximum(tl.abs(total), floor_t) + eps_t)
+    grad = -product * inverse_t
+    signed = tl.where(total < 0, -grad, grad)
+    sum_grad_t = tl.where(tl.abs(total) > floor_t, signed, 0.0)
+    tl.store(inverse + numbers, inverse_t, inside)
+    tl.store(sum_grad + numbers, sum_grad_t, inside)
+    tl.store(row_max_grad + numbers, (grad * eps_t).to(tl.float64), inside)
+    if num_states > 0:
+        tl.store(state_read + numbers, tl.load(read + numbers, inside, 0.0) * inverse_t, inside)
+        tl.store(state_sum + numbers, sum_grad_t / inverse_t, inside)
+
+
+@triton.jit
 def states_kernel(
     key,
     value,
     weight,  # (BH, S): with which a token is written to the next state
-    value_sum,  # (BH, S): what takes the place of the value 1 in the normaliser
-    keep,  # (BH, N): what is left of a state at the next one
+    value_sum,  # (BH, S): what takes the place of the value 1 in the normaliser, if BACKWARD
+    decay_sum,  # as in `gates_kernel`
+    row_max,
     memory,  # (BH, N, DH, DH): results
     norm,  # (BH, N, DH)
     seq_len,
@@ -122,7 +216,8 @@ def states_kernel(
     first_k, first_v = tl.program_id(1) * K_WIDTH, tl.program_id(2) * V_WIDTH
     start = (head // heads) * seq_len * heads * DH + (head % heads) * DH
     key, value = key + start, value + start
-    weight, value_sum, keep = weight + head * seq_len, value_sum + head * seq_len, keep + head * num_states
+    weight, value_sum = weight + head * seq_len, value_sum + head * seq_len
+    decay_sum, row_max = decay_sum + head * seq_len, row_max + head * seq_len
     k, v = first_k + tl.arange(0, K_WIDTH), first_v + tl.arange(0, V_WIDTH)
     state = tl.zeros((K_WIDTH, V_WIDTH), tl.float32)
     norm_state = tl.zeros((K_WIDTH,), tl.float32)
@@ -132,7 +227,13 @@ def states_kernel(
         if BACKWARD:
             number = num_states - 1 - step
             chunk = number + 1
-        factor = tl.load(keep + number)
+        # What is left of the state from the last token of one chunk to that of the next; the first state is 0.
+        earlier = chunk * chunk_size - 1
+        later = earlier + chunk_size
+        kept = tl.load(decay_sum + later, step > 0, 0.0) - tl.load(decay_sum + earlier, step > 0, 0.0)
+        kept -= tl.maximum(tl.load(row_max + later, step > 0, 0.0), 0.0)
+        kept += tl.maximum(tl.load(row_max + earlier, step > 0, 0.0), 0.0)
+        factor = tl.exp(kept).to(tl.float32)
         state *= factor
         norm_state *= factor
         for block in range(0, chunk_size, BLOCK):
@@ -142,7 +243,9 @@ def states_kernel(
             values = _vectors(value, places, first_v, seq_len, heads, DH, V_WIDTH, REVERSE)
             weighted = keys.to(tl.float32) * tl.load(weight + places, inside, 0.0)[:, None]
             state += _dot(tl.trans(weighted), values.to(tl.float32), STATE_PRECISION)
-            norm_state += tl.sum(weighted * tl.load(value_sum + places, inside, 0.0)[:, None], axis=0)
+            if BACKWARD:
+                weighted *= tl.load(value_sum + places, inside, 0.0)[:, None]
+            norm_state += tl.sum(weighted, axis=0)
         place = head * num_states + number
         tl.store(
             memory + place * DH * DH + k[:, None] * DH + v[None, :], state, mask=(k < DH)[:, None] & (v < DH)[None, :]
@@ -160,9 +263,9 @@ def forward_kernel(
     fine,
     igate,
     stab,
-    floor,  # (BH, S): exp(-stab)
-    eps,  # (BH, S): eps * exp(m - stab)
-    read,  # (BH, S): weight with which a token reads the state
+    floor,
+    eps,
+    read,
     memory,
     norm,
     hidden,  # result
@@ -227,8 +330,8 @@ def query_grad_kernel(
     fine,
     igate,
     stab,
-    inverse,  # (BH, S): 1 / denominator
-    sum_grad,  # (BH, S): gradient of the sum of a row of weights
+    inverse,
+    sum_grad,
     read,
     memory,
     norm,
@@ -301,7 +404,7 @@ def key_value_grad_kernel(
     stab,
     inverse,
     sum_grad,
-    weight,  # (BH, S): with which a token is written to the next state
+    write,
     memory_grad,
     norm_grad,
     key_grad,  # results
@@ -350,7 +453,7 @@ def key_value_grad_kernel(
         v_grad += _dot(tl.trans(weights.to(grads.dtype)), grads, PRECISION)
         k_grad += _dot(tl.trans(weight_grad.to(queries.dtype)), queries, PRECISION)
     if chunk < num_states:
-        written = tl.load(weight + numbers + columns, columns < seq_len, 0.0)[:, None]
+        written = tl.load(write + numbers + columns, columns < seq_len, 0.0)[:, None]
         place = head * num_states + chunk
         for other in range(0, DH, WIDTH):
             values = _vectors(value, columns, other, seq_len, heads, DH, WIDTH, REVERSE)

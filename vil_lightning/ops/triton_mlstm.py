@@ -95,18 +95,16 @@ def _forward(
         chunk_size: A multiple of `block`.
     """
     q, k, v = (_token_major(x) for x in (q, k, v))
-    gates = _Gates(decay_sum, igate, row_max, chunk_size, eps)
-    hidden, read_sum = torch.empty_like(q), torch.empty_like(igate, memory_format=torch.contiguous_format)
+    gates = _Gates(q, decay_sum, igate, row_max, chunk_size, block, eps)
+    hidden, read_sum = torch.empty_like(q), torch.empty_like(gates.igate)
     settings = _settings(q, reverse, block)
-    states = _states(k, v, gates.write / math.sqrt(q.shape[-1]), torch.ones_like(gates.write), gates, settings, False)
+    states = _states(k, v, gates.write, gates.write, gates, settings, False)
     tiles = _tiles(q)
     kernels.forward_kernel[_grid(q, block, tiles.wide)](
         *(q, k, v),
         *(gates.coarse, gates.fine, gates.igate, gates.stab, gates.floor, gates.eps, gates.read),
         *states,
-        *(hidden, read_sum),
-        1 / math.sqrt(q.shape[-1]),
-        *gates.sizes(q),
+        *(hidden, read_sum, gates.scale, *gates.sizes),
         **settings,
         K_WIDTH=tiles.narrow,
         V_WIDTH=tiles.wide,
@@ -138,49 +136,41 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, `decay_sum`, `igate` and `row_max`."""
     q, k, v, hidden, hidden_grad = (_token_major(x) for x in (q, k, v, hidden, hidden_grad))
-    gates = _Gates(decay_sum, igate, row_max, chunk_size, eps)
-    settings = _settings(q, reverse, block)
-    head_dim = q.shape[-1]
-    scale = 1 / math.sqrt(head_dim)
+    gates = _Gates(q, decay_sum, igate, row_max, chunk_size, block, eps)
+    settings, tiles = _settings(q, reverse, block), _tiles(q)
+    inverse, sum_grad, state_read, state_sum = igate.new_empty(4, *igate.shape).unbind()
+    row_max_grad = torch.empty_like(gates.row_max)
+    kernels.denominator_grad_kernel[_grid(q, block, q.shape[-1])](
+        *(hidden, hidden_grad, read_sum, gates.floor, gates.eps, gates.read),
+        *(inverse, sum_grad, row_max_grad, state_read, state_sum, *gates.sizes[:3]),
+        DH=q.shape[-1],
+        BLOCK=block,
+        WIDTH=tiles.narrow,
+        REVERSE=reverse,
+        num_warps=4,
+    )
 
-    # h = N / (max(|n|, floor) + eps): what the denominator passes on, a number a token.
-    product = (hidden_grad.float() * hidden.float()).sum(-1).transpose(1, 2)  # (B, NH, S)
-    product = (product.flip(-1) if reverse else product).contiguous()  # as kernels read numbers of tokens
-    free = read_sum.abs() > gates.floor
-    inverse = 1 / (torch.maximum(read_sum.abs(), gates.floor) + gates.eps)
-    denominator_grad = -product * inverse
-    sum_grad = torch.where(free, denominator_grad * read_sum.sign(), 0.0)
-    row_max_grad = denominator_grad * gates.eps
-
-    write = gates.write * scale
-    states = _states(k, v, write, torch.ones_like(write), gates, settings, False)
-    tiles = _tiles(q)
+    states = _states(k, v, gates.write, gates.write, gates, settings, False)
     q_grad = torch.empty_like(q)
     grid = _grid(q, block, tiles.wide)
     row_grad = q.new_empty(grid[0], grid[2], q.shape[1], dtype=torch.float32)
     kernels.query_grad_kernel[grid](
         *(q, k, v, hidden_grad),
         *(gates.coarse, gates.fine, gates.igate, gates.stab, inverse, sum_grad, gates.read),
-        *(*states, q_grad, row_grad),
-        scale,
-        *gates.sizes(q),
+        *(*states, q_grad, row_grad, gates.scale, *gates.sizes),
         **settings,
         K_WIDTH=tiles.wide,
         V_WIDTH=tiles.narrow,
     )
     del states
-    # Of the state: what reads it is weighted as the numerator is, and the normaliser by its own gradient.
-    read = gates.read * inverse
-    state_grads = _states(q, hidden_grad, read, sum_grad / inverse, gates, settings, True)
+    state_grads = _states(q, hidden_grad, state_read, state_sum, gates, settings, True)
     k_grad, v_grad = torch.empty_like(k), torch.empty_like(v)
     grid = _grid(q, block, tiles.narrow)
     column_grad = q.new_empty(grid[0], grid[2], q.shape[1], dtype=torch.float32)
     kernels.key_value_grad_kernel[grid](
         *(q, k, v, hidden_grad),
-        *(gates.coarse, gates.fine, gates.igate, gates.stab, inverse, sum_grad, write),
-        *(*state_grads, k_grad, v_grad, column_grad),
-        scale,
-        *gates.sizes(q),
+        *(gates.coarse, gates.fine, gates.igate, gates.stab, inverse, sum_grad, gates.write),
+        *(*state_grads, k_grad, v_grad, column_grad, gates.scale, *gates.sizes),
         **settings,
         WIDTH=tiles.narrow,
     )
@@ -189,7 +179,7 @@ def _backward(
     row_grad, column_grad = (x.sum(1).view_as(igate) for x in (row_grad, column_grad))
     decay_sum_grad = row_grad.double() - column_grad.double()
     q_grad, k_grad, v_grad = (x.transpose(1, 2) for x in (q_grad, k_grad, v_grad))
-    return q_grad, k_grad, v_grad, decay_sum_grad, column_grad, row_max_grad.double()
+    return q_grad, k_grad, v_grad, decay_sum_grad, column_grad, row_max_grad
 
 
 @_backward.register_fake
@@ -220,40 +210,24 @@ _forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 class _Gates:
-    """What the gates amount to, (B, NH, S) in float32 and in the order of the scan.
+    """What the gates amount to, in the order of the scan: see `gates_kernel`."""
 
-    The state that enters a chunk is scaled by exp(-stab) of the last token before it. All exponents here are at most 0.
-    """
-
-    def __init__(self, decay_sum: Tensor, igate: Tensor, row_max: Tensor, chunk_size: int, eps: float) -> None:
-        stab = row_max.clamp(min=0)
-        self.coarse = decay_sum.float()
-        self.fine = (decay_sum - self.coarse).float()
-        self.igate = igate.contiguous()
-        self.stab = stab.float()
-        self.floor = torch.exp(-stab).float()
-        self.eps = eps * torch.exp(row_max - stab).float()
-        self.chunk_size = chunk_size
-        seq_len = igate.shape[-1]
-        self.num_states = -(-seq_len // chunk_size) - 1  # none enters the first chunk
-        ends = torch.arange(1, self.num_states + 1, device=igate.device) * chunk_size - 1
-        chunk = torch.arange(seq_len, device=igate.device) // chunk_size
-        if self.num_states == 0:
-            self.read = self.write = torch.zeros_like(self.stab)
-            self.keep = self.stab[..., :0]
-            return
-        end_sum, end_stab = decay_sum[..., ends], stab[..., ends]
-        before, after = (chunk - 1).clamp(min=0), chunk.clamp(max=self.num_states - 1)
-        read = torch.exp(decay_sum - end_sum[..., before] + end_stab[..., before] - stab)
-        write = torch.exp(end_sum[..., after] - decay_sum + igate - end_stab[..., after])
-        self.read = torch.where(chunk > 0, read, 0.0).float().contiguous()
-        self.write = torch.where(chunk < self.num_states, write, 0.0).float().contiguous()
-        # From each state to the next one.
-        self.keep = torch.exp(end_sum.diff(dim=-1) - end_stab.diff(dim=-1)).float()
-
-    def sizes(self, x: Tensor) -> tuple[int, int, int, int]:
-        """Of the kernels' arguments, for vectors (B, S, NH, DH)."""
-        return x.shape[1], x.shape[2], self.num_states, self.chunk_size
+    def __init__(
+        self, q: Tensor, decay_sum: Tensor, igate: Tensor, row_max: Tensor, chunk_size: int, block: int, eps: float
+    ) -> None:
+        self.decay_sum, self.igate, self.row_max = (x.contiguous() for x in (decay_sum, igate, row_max))
+        self.num_states = -(-igate.shape[-1] // chunk_size) - 1  # none enters the first chunk
+        self.sizes = q.shape[1], q.shape[2], self.num_states, chunk_size
+        self.scale = 1 / math.sqrt(q.shape[-1])
+        numbers = igate.new_empty(7 if self.num_states else 5, *igate.shape).unbind()
+        self.coarse, self.fine, self.stab, self.floor, self.eps = numbers[:5]
+        self.read, self.write = numbers[5:] or (self.stab, self.stab)  # not read where there is no state
+        kernels.gates_kernel[igate.shape[0] * igate.shape[1], -(-igate.shape[2] // block)](
+            *(self.decay_sum, self.igate, self.row_max, *numbers[:5], self.read, self.write, eps, self.scale),
+            *(q.shape[1], self.num_states, chunk_size),
+            BLOCK=block,
+            num_warps=4,
+        )
 
 
 def _states(
@@ -272,13 +246,10 @@ def _states(
     norm = key.new_empty(batch * heads, count, head_dim, dtype=torch.float32)
     if count == 0:
         return memory, norm
-    # The factor belongs to the step that the state takes before a chunk is added to it; the first step starts from 0.
-    one = gates.stab.new_ones(*gates.stab.shape[:2], 1)
-    keep = torch.cat([gates.keep, one] if backward else [one, gates.keep], dim=-1).contiguous()
     grid = (batch * heads, -(-head_dim // tiles.narrow), -(-head_dim // tiles.wide))
     kernels.states_kernel[grid](
-        *(key, value, weight.contiguous(), value_sum.contiguous(), keep, memory, norm),
-        *gates.sizes(key),
+        *(key, value, weight, value_sum, gates.decay_sum, gates.row_max, memory, norm),
+        *gates.sizes,
         **settings,
         K_WIDTH=tiles.narrow,
         V_WIDTH=tiles.wide,

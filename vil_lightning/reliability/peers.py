@@ -56,13 +56,21 @@ def lost_peer(error: BaseException, trainer: Any) -> str | None:
     """What to tell if an error comes from a process of the run that is no more; None if it does not."""
     if trainer is None or trainer.world_size < 2 or not any(text in str(error).lower() for text in _SYMPTOMS):
         return None
-    dead = ""
-    launcher = getattr(trainer.strategy, "launcher", None)
-    time.sleep(1.0 if getattr(launcher, "procs", None) else 0.0)  # for the system to note how it ended
-    for rank, process in enumerate(getattr(launcher, "procs", None) or [], start=1):
-        code = process.poll()
-        if code:
-            how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
-            dead = f" Process {rank} (PID {process.pid}) ended with {how}."
-            break
+    dead = _first_dead(getattr(getattr(trainer.strategy, "launcher", None), "procs", None) or [])
     return f"process {trainer.global_rank} has lost another process of this run ({trainer.world_size} in all).{dead} {_ADVICE}"
+
+
+def _first_dead(processes: list[Any]) -> str:
+    """Which of the processes that Lightning has started from here died, and how; "" if none did."""
+    # The system may take a moment to note it. But no longer: Lightning, too, looks for it, every five seconds, and then kills
+    # this process, with a line of its own that knows of no rank and of no way to go on.
+    until = time.monotonic() + 1.0
+    while processes:
+        for rank, process in enumerate(processes, start=1):
+            if code := process.poll():
+                how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
+                return f" Process {rank} (PID {process.pid}) ended with {how}."
+        if time.monotonic() > until:
+            break
+        time.sleep(0.02)
+    return ""
