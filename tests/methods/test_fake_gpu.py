@@ -86,6 +86,7 @@ class OneStep(L.Callback):
             FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()),
             on_gpu(pl_module),
             mock.patch.multiple(pl_module, **quiet),
+            mock.patch.object(pl_module, "_device", GPU),
             mock.patch.object(SingleDeviceStrategy, "root_device", GPU),
             mock.patch.object(FiniteCheck, "raise_if_not_finite"),
             mock.patch.object(ibot, "uneven_block_mask", on_cpu(ibot.uneven_block_mask, lambda mask: mask)),

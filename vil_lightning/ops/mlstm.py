@@ -67,7 +67,8 @@ def mlstm(
         reverse: Scan from the last token to the first. Equals flipping every argument and the result along S, without
             copying `q`, `k` or `v`.
         backend: One of `MLSTM_BACKENDS`. `auto` chooses by S, from measurements.
-        chunk_size: Largest number of tokens per chunk, for `chunkwise` and, above 512 tokens and rounded up to 64, `triton`.
+        chunk_size: Largest number of tokens per chunk, for `chunkwise` and, above 512 tokens and rounded up to 64 (float32:
+            32), `triton`.
         eps: Added to the normaliser.
 
     Returns:

@@ -4,7 +4,8 @@ Vectors of a token are DH numbers in a tensor laid out (B, S, NH, DH); numbers o
 of the scan. A kernel walks the scan from place 0 on; `REVERSE` only says which token stands at a place.
 
 Letters of the shapes: `R` rows, the tokens of a block that reads; `T` columns, the tokens of a block that is read; `W` channels
-of a tile. Products of tiles are accumulated in float32, and so is everything else.
+of a tile. Products of tiles are accumulated in float32, and so is everything else, but for sums of gates, whose differences
+matter: those are taken in float64.
 """
 
 # Triton's kernels are no Python functions: their arguments have no types that a checker knows.
@@ -118,24 +119,25 @@ def gates_kernel(
     total = tl.load(decay_sum + places, inside, 0.0)
     largest = tl.load(row_max + places, inside, 0.0)
     stabiliser = tl.maximum(largest, 0.0)
+    # Exponentials in float32: many GPUs have next to no units for float64.
     rounded = total.to(tl.float32)
     tl.store(coarse + numbers, rounded, inside)
     tl.store(fine + numbers, (total - rounded.to(tl.float64)).to(tl.float32), inside)
     tl.store(stab + numbers, stabiliser.to(tl.float32), inside)
-    tl.store(floor + numbers, tl.exp(-stabiliser).to(tl.float32), inside)
-    tl.store(eps + numbers, (eps_value * tl.exp(largest - stabiliser)).to(tl.float32), inside)
+    tl.store(floor + numbers, tl.exp(-stabiliser.to(tl.float32)), inside)
+    tl.store(eps + numbers, eps_value * tl.exp((largest - stabiliser).to(tl.float32)), inside)
     if num_states > 0:
         chunk = places // chunk_size
         enters, leaves = inside & (chunk > 0), inside & (chunk < num_states)
         last = chunk * chunk_size - 1  # token of the chunk before
         entering = tl.load(decay_sum + last, enters, 0.0) - tl.maximum(tl.load(row_max + last, enters, 0.0), 0.0)
-        weight = tl.exp(tl.where(enters, total - stabiliser - entering, float("-inf")))
-        tl.store(read + numbers, weight.to(tl.float32), inside)
+        exponent = (total - stabiliser - entering).to(tl.float32)
+        tl.store(read + numbers, tl.exp(tl.where(enters, exponent, float("-inf"))), inside)
         last += chunk_size
         leaving = tl.load(decay_sum + last, leaves, 0.0) - tl.maximum(tl.load(row_max + last, leaves, 0.0), 0.0)
         gate = tl.load(igate + numbers, inside, 0.0).to(tl.float64)
-        weight = scale * tl.exp(tl.where(leaves, leaving - total + gate, float("-inf")))
-        tl.store(write + numbers, weight.to(tl.float32), inside)
+        exponent = (leaving - total + gate).to(tl.float32)
+        tl.store(write + numbers, scale * tl.exp(tl.where(leaves, exponent, float("-inf"))), inside)
 
 
 @triton.jit
@@ -233,7 +235,7 @@ def states_kernel(
         kept = tl.load(decay_sum + later, step > 0, 0.0) - tl.load(decay_sum + earlier, step > 0, 0.0)
         kept -= tl.maximum(tl.load(row_max + later, step > 0, 0.0), 0.0)
         kept += tl.maximum(tl.load(row_max + earlier, step > 0, 0.0), 0.0)
-        factor = tl.exp(kept).to(tl.float32)
+        factor = tl.exp(kept.to(tl.float32))
         state *= factor
         norm_state *= factor
         for block in range(0, chunk_size, BLOCK):

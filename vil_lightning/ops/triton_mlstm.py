@@ -9,13 +9,16 @@ by block without ever storing an S x S matrix:
   all chunks before. Time and memory are linear in S.
 
 The backward pass stores no weights either: it computes them again, the gradients of q in one kernel by rows, those of k, v and
-the gates in another by columns. No sum depends on the order in which programs run, so results are the same at every run.
+the gates in another by columns. No sum depends on the order in which programs run: the kernels' results are the same at every
+run.
 
-Gates, their sums and the normaliser take S numbers a head: plain torch prepares them, and differentiates what leads to them.
+Plain torch sums the gates up, S numbers a head, and differentiates that; one kernel makes of the sums whatever the others read.
 """
 
+import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -73,7 +76,19 @@ def mlstm_triton(
     return hidden
 
 
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, whichever the tensors are on."""
+
+    @functools.wraps(function)
+    def run(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device_of(tensor):
+            return function(tensor, *args, **kwargs)
+
+    return run
+
+
 @torch.library.custom_op("vil_lightning::mlstm", mutates_args=())
+@_on_its_device
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -119,6 +134,7 @@ def _(q, k, v, decay_sum, igate, row_max, reverse, chunk_size, block, eps):  # t
 
 
 @torch.library.custom_op("vil_lightning::mlstm_backward", mutates_args=())
+@_on_its_device
 def _backward(
     hidden_grad: Tensor,
     q: Tensor,
@@ -148,6 +164,7 @@ def _backward(
         WIDTH=tiles.narrow,
         REVERSE=reverse,
         num_warps=4,
+        enable_fp_fusion=True,
     )
 
     states = _states(k, v, gates.write, gates.write, gates, settings, False)
@@ -226,7 +243,8 @@ class _Gates:
             *(self.decay_sum, self.igate, self.row_max, *numbers[:5], self.read, self.write, eps, self.scale),
             *(q.shape[1], self.num_states, chunk_size),
             BLOCK=block,
-            num_warps=4,
+            num_warps=1,
+            enable_fp_fusion=True,
         )
 
 
@@ -264,8 +282,9 @@ class _Tiles(NamedTuple):
 
     Args:
         block: Tokens a program handles at a time.
-        narrow: Channels of a tile that is summed over; without padding for 96, 192 and 384, the published widths of heads.
-        wide: Channels of a tile of the result, a power of 2. The fewer tiles, the fewer products are computed again.
+        narrow: Channels of the smaller side of a tile; without padding for 96, 192 and 384, the published widths of heads.
+        wide: Channels of the larger side, a power of 2: of the result forwards and of the gradient of the queries. The fewer
+            tiles, the fewer products are computed again. (Keys and values have two gradients, which take narrow tiles.)
         num_warps: Of a program.
     """
 
