@@ -97,6 +97,21 @@ def test_chunks__are_the_recurrence(
     assert_exact(gradients(pieces(chunk_size), inputs, torch.float32, reverse=reverse), expected)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 16])
+def test_long_sums_of_gates__keep_the_digits_of_their_differences(
+    chunk_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = make_inputs(48, 16)
+    inputs[4][:, :, :20] = -1e3  # F is about -20,000 from here on, of which float32 holds two digits behind the point
+    expected = gradients(mlstm, inputs, torch.float64, backend="recurrent", reverse=False)
+    if chunk_size is None:
+        actual = gradients(mlstm, inputs, torch.float32, backend="triton", reverse=False)
+    else:
+        monkeypatch.setattr(triton_mlstm, "ONE_PASS_UP_TO", 0)
+        actual = gradients(pieces(chunk_size), inputs, torch.float32, reverse=False)
+    assert_exact(actual, expected)
+
+
 @pytest.mark.slow
 @DIRECTIONS
 @pytest.mark.parametrize(
