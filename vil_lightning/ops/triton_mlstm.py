@@ -305,7 +305,7 @@ def _tiles(x: Tensor) -> _Tiles:
 
 
 def _settings(x: Tensor, reverse: bool, block: int) -> dict[str, object]:
-    """Compile-time arguments of all kernels."""
+    """Compile-time arguments of the kernels that multiply."""
     exact = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     # AMD's compiler knows tf32 for some GPUs only.
     precision = "interpreted" if INTERPRETED else "ieee" if exact or torch.version.hip else "tf32"
