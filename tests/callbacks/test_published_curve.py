@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vil_lightning.callbacks import PublishedCurve
-from vil_lightning.callbacks.published_curve import read_curves, write_curve
+from vil_lightning.callbacks.published_curve import main, read_curves, write_curve
 from vil_lightning.errors import ConfigError
 
 TINY = "vil2_tiny_e800_pretrain_192"
@@ -208,6 +208,11 @@ def test_command_line__writes_all_curves(tmp_path: Path) -> None:
     run = subprocess.run([*command, "2", "--logdir", str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"published_{name}" for name in read_curves())
-    refused = subprocess.run([*command, "0", "--logdir", str(tmp_path)], capture_output=True, text=True, timeout=120)
-    assert refused.returncode == 2
-    assert "--steps_per_epoch 0 must be at least 1" in refused.stderr
+
+
+def test_command_line__no_steps(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["published_curve", "--steps_per_epoch", "0"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert "--steps_per_epoch 0 must be at least 1" in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+
+sys.path.append(str(Path(__file__).parents[1] / "methods"))
+import forks
 
 from vil_lightning.data import Digits, ImageFolder, MultiCrop
 from vil_lightning.data.images import BadImageError, EncodedImage
@@ -201,9 +203,12 @@ class Deadly(Damaged):
 
 
 @pytest.mark.parametrize("how", ["dies", "hangs"])
-def test_worker__dead_or_hanging_ends_with_one_error(how: str) -> None:
+def test_worker__dead_or_hanging_ends_with_one_error(how: str, tmp_path: Path) -> None:
     """In a process of its own, since torch reports a dead worker to its whole process."""
-    code = f"""
+    script = tmp_path / "main.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_unreadable
 from vil_lightning.data import Digits, TrainTransform
 from vil_lightning.errors import ConfigError
@@ -217,14 +222,13 @@ data.setup()
 try:
     list(data.train_dataloader())
 except ConfigError as error:
-    print("refused:", error)
-"""
+    print("refused:", error, file=sys.stderr)
+""")
     start = time.monotonic()
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent, timeout=100
-    )
-    assert result.stdout.startswith("refused: A data worker died or stopped answering ("), result.stderr
-    assert "data.num_workers" in result.stdout
+    ((code, output),) = forks.run(script, [dict(os.environ)], timeout=100)
+    assert code == 0, output
+    assert "refused: A data worker died or stopped answering (" in output
+    assert "data.num_workers" in output
     assert time.monotonic() - start < 60  # long before the image would have been read
 
 

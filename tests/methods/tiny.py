@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import lightning as L
 import torch
 from torch import Tensor, nn
@@ -178,15 +179,20 @@ def run_in_processes(
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
+    environments = [
+        {**environment, "LOCAL_RANK": str(rank), "NODE_RANK": "0", "RANK": str(rank)} for rank in range(count)
+    ]
+    if not torch.cuda.is_available():  # which a fork could not use
+        return forks.run(folder / "main.py", environments, timeout)
     processes = [
         subprocess.Popen(
             [sys.executable, str(folder / "main.py")],
-            env={**environment, "LOCAL_RANK": str(rank), "NODE_RANK": "0", "RANK": str(rank)},
+            env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(count)
+        for environment in environments
     ]
     try:
         errors = [process.communicate(timeout=timeout)[1] for process in processes]
