@@ -3,7 +3,7 @@
 import csv
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,8 +11,9 @@ from torch import nn
 
 from vil_lightning import cli
 from vil_lightning.errors import ConfigError
-from vil_lightning.speed import command
+from vil_lightning.speed import command, timed
 from vil_lightning.speed.cases import Entry, Resolution, Settings, entries, make_step
+from vil_lightning.speed.timed import Here, InOwnProcess
 
 CPU = torch.device("cpu")
 SMALL = {"embed_dim": 32, "depth": 2}
@@ -58,8 +59,8 @@ def test_train_step__moves_every_weight(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("work", ["forward", "train", "dino"])
 def test_flops_of_one__those_of_a_batch_are_a_multiple(work: str) -> None:
     entry, settings = Entry("x", "vil2_tiny_patch16_224", SMALL), Settings(CPU, num_prototypes=16)
-    three = command.count_flops(make_step(entry, Resolution(64), work, 3, settings))
-    assert three == pytest.approx(3 * command.flops_of_one(entry, Resolution(64), work, settings), rel=2e-3)
+    three = timed.count_flops(make_step(entry, Resolution(64), work, 3, settings))
+    assert three == pytest.approx(3 * Here(entry, Resolution(64), work, 1, settings).flops(), rel=2e-3)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 8])
@@ -67,9 +68,9 @@ def test_count_flops__of_convolutions_forwards_and_backwards(groups: int) -> Non
     conv = nn.Conv2d(8, 16, 3, padding=1, groups=groups)
     x = torch.randn(2, 8, 5, 7, requires_grad=True)
     forward = 2 * (2 * 16 * 5 * 7) * (8 // groups) * 9  # outputs, and what is multiplied for each
-    assert command.count_flops(lambda: conv(x)) == forward
-    assert command.count_flops(lambda: conv(x).sum().backward()) == 3 * forward
-    assert command.count_flops(lambda: conv(x.detach()).sum().backward()) == 2 * forward
+    assert timed.count_flops(lambda: conv(x)) == forward
+    assert timed.count_flops(lambda: conv(x).sum().backward()) == 3 * forward
+    assert timed.count_flops(lambda: conv(x.detach()).sum().backward()) == 2 * forward
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -121,20 +122,66 @@ def test_speed__writes_table_csv_json_and_picture(
 def test_speed__a_network_that_fails_has_a_note_and_the_others_numbers(
     small: list[Entry], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = command.make_step
+    original = timed.make_step
 
     def fails(entry: Entry, *args: Any) -> Any:
         if entry.published:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         return original(entry, *args)
 
-    monkeypatch.setattr(command, "make_step", fails)
+    monkeypatch.setattr(timed, "make_step", fails)
     ours, published = command.run(["--sizes", "32", "--work", "forward", "--rounds", "2", "--tokens", "4"])
     assert published.note == "out of memory"
     assert published.milliseconds is None
     assert ours.milliseconds is not None
     assert ours.times is None  # nothing to compare with
     assert "out of memory" in "\n".join(command.table([ours, published]))
+
+
+def test_speed__a_process_for_each_network(small: list[Entry], tmp_path: Path) -> None:
+    out = tmp_path / "speed"
+    args = ["--sizes", "32", "--work", "forward", "--rounds", "2", "--tokens", "4", "--processes", "own"]
+    own = command.run([*args, "--out", str(out)])
+    one = command.run(args[:-2])
+    assert [(r.network, r.batch, r.flops) for r in own] == [(r.network, r.batch, r.flops) for r in one]
+    assert all(r.milliseconds and r.milliseconds > 0 for r in own)
+    assert own[1].times == 1.0
+    content = json.loads(out.with_suffix(".json").read_text())
+    assert content["processes"] == "one for each network"
+    assert "of the published formulation given back" in content["freed_memory"]
+    assert [command.keeps_freed_memory(entry, Settings(CPU)) for entry in small] == [True, False]
+
+
+def test_own_process__says_what_failed_and_when_it_died() -> None:
+    with pytest.raises(RuntimeError, match="Unknown model"):
+        InOwnProcess(False, Entry("x", "vil3"), Resolution(32), "forward", 1, Settings(CPU))
+    case = Entry("x", "vil2_tiny_patch16_224", SMALL), Resolution(32), "forward", 1, Settings(CPU)
+    network = InOwnProcess(True, *case)
+    assert network.seconds() > 0
+    network.process.kill()
+    with pytest.raises(RuntimeError, match="its process ended with exit code -9"):
+        network.seconds()
+    network.close()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_own_process__keeps_freed_memory_if_told_to(keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(timed, "keep_freed_memory", lambda: calls.append("kept"))
+    monkeypatch.setattr(timed, "Here", lambda *case: calls.append("made"))
+
+    class Closed:
+        sent: ClassVar[list[Any]] = []
+
+        def send(self, answer: Any) -> None:
+            self.sent.append(answer)
+
+        def recv(self) -> str:
+            raise EOFError
+
+    timed._serve(Closed(), keep, torch.get_num_threads(), ())  # type: ignore[arg-type]
+    assert calls == ["kept"] * keep + ["made"]
+    assert Closed.sent[-1] == (False, None)
 
 
 def test_speed__leaves_out_what_is_slower_than_the_limit(small: list[Entry]) -> None:

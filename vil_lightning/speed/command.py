@@ -7,7 +7,6 @@ import argparse
 import csv
 import dataclasses
 import json
-import math
 import os
 import shlex
 import statistics
@@ -16,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from vil_lightning.allocator import keep_freed_memory
 from vil_lightning.errors import ConfigError
 from vil_lightning.evaluation.report import circumstances
 from vil_lightning.ops import MLSTM_BACKENDS
-from vil_lightning.speed.cases import WORK, Entry, Resolution, Settings, Step, entries, make_step
-from vil_lightning.speed.measure import interleaved, matmul_peak, peak_memory, ratio, seconds
+from vil_lightning.speed.cases import WORK, Entry, Resolution, Settings, entries
+from vil_lightning.speed.measure import interleaved, matmul_peak, ratio
+from vil_lightning.speed.timed import Here, InOwnProcess, Timed, short
 
 REFERENCE = "ViL as published"
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
@@ -84,6 +82,12 @@ def parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--channels_last", action="store_true", help="images and weights in this memory format")
     parser.add_argument("--checkpointing", action="store_true", help="recompute blocks in the backward pass")
     parser.add_argument("--threads", type=int, help="of torch; its own choice if not given")
+    parser.add_argument(
+        "--processes",
+        choices=("one", "own"),
+        default="one",
+        help="own: one for each network, in turn, each with the allocator as it is run with; one: the same for all",
+    )
     parser.add_argument("--out", help="PATH.md, PATH.csv, PATH.json and PATH.png are written")
     options = parser.parse_args(args)
     for name in ("tokens", "rounds", "threads", "prototypes"):
@@ -117,7 +121,8 @@ def run(args: list[str]) -> list[Row]:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    kept = device.type == "cpu" and keep_freed_memory()
+    own_processes = options.processes == "own"
+    kept = device.type == "cpu" and not own_processes and keep_freed_memory()
     chosen = choose(entries(options.model_size, options.backends), options.networks)
     if device.type == "cpu" and "compiled" not in options.modes:  # compilers reserve far more than they use
         _refuse_memory_in_time()
@@ -126,7 +131,8 @@ def run(args: list[str]) -> list[Row]:
         **circumstances(),
         "threads": torch.get_num_threads(),
         # Of the allocator and of threads: they decide more on a CPU than most code does.
-        "freed_memory": "kept" if kept else "given back as the allocator decides",
+        "processes": "one for all" if not own_processes else "one for each network",
+        "freed_memory": describe_memory(kept, own_processes and device.type == "cpu"),
         "environment": {
             k: v for k, v in os.environ.items() if k.startswith(("MALLOC_", "GLIBC_", "OMP_", "MKL_", "LD_PRELOAD"))
         },
@@ -151,12 +157,28 @@ def run(args: list[str]) -> list[Row]:
                     compile_mode=options.compile_mode if mode == "compiled" else None,
                 )
                 batch = max(1, round(tokens / resolution.num_tokens))
-                group = measure(chosen, resolution, work, batch, settings, options.rounds, options.limit, peak)
+                group = measure(
+                    chosen,
+                    resolution,
+                    work,
+                    batch,
+                    settings,
+                    options.rounds,
+                    options.limit,
+                    peak,
+                    own_processes,
+                )
                 rows += group
                 print("\n".join(table(group)) + "\n", flush=True)
                 if options.out:  # after each group: what is measured stays if a later one fails
                     write(Path(options.out), facts, rows)
     return rows
+
+
+def describe_memory(kept: bool, own_processes: bool) -> str:
+    if own_processes:
+        return "kept, as by main.py; of the published formulation given back as the allocator decides, as by its code"
+    return "kept" if kept else "given back as the allocator decides"
 
 
 def choose(all_entries: list[Entry], words: list[str] | None) -> list[Entry]:
@@ -178,38 +200,40 @@ def measure(
     rounds: int,
     limit: float,
     peak: float,
+    own_processes: bool = False,
 ) -> list[Row]:
     """Rows of one group, timed in turn."""
     compiled = settings.compile_mode is not None
     rows = {
         entry.label: Row(entry.label, str(resolution), resolution.num_tokens, work, compiled, batch) for entry in chosen
     }
-    steps: dict[str, Step] = {}
+    ready: dict[str, Timed] = {}
     for entry in chosen:
         row = rows[entry.label]
-        step: Step | None = None
+        case = entry, resolution, work, batch, settings
+        timed: Timed | None = None
         try:
-            step = make_step(entry, resolution, work, batch, settings)
-            step()
-            first = seconds(step, settings.device)
+            timed = InOwnProcess(keeps_freed_memory(entry, settings), *case) if own_processes else Here(*case)
+            timed.seconds()
+            first = timed.seconds()
             if first > limit:
                 row.note = f"a step takes {first:.0f} s, more than --limit {limit:g}"
             else:
                 # The pools of CUDA graphs are held between steps, so that a step itself seems to need nothing.
                 graphs = settings.device.type == "cuda" and settings.compile_mode in ("reduce-overhead", "max-autotune")
-                row.memory = None if graphs else peak_memory(step, settings.device)
-                row.flops = batch * flops_of_one(entry, resolution, work, settings)
+                row.memory = None if graphs else timed.peak_memory()
+                row.flops = timed.flops()
         except (RuntimeError, ValueError, MemoryError) as error:  # out of memory; a compiler's or a backend's failure
             row.note = short(error)
-        if row.note:
-            step = None  # frees what it holds
-            if settings.device.type == "cuda":
-                torch.cuda.empty_cache()
-        else:
-            assert step is not None
-            steps[entry.label] = step
+        if not row.note:
+            assert timed is not None
+            ready[entry.label] = timed
+        elif timed is not None:
+            timed.close()
 
-    times = interleaved(steps, rounds, settings.device)
+    times = interleaved({label: timed.seconds for label, timed in ready.items()}, rounds)
+    for timed in ready.values():
+        timed.close()
     for label, measured in times.items():
         row = rows[label]
         middle = statistics.median(measured)
@@ -222,44 +246,9 @@ def measure(
     return list(rows.values())
 
 
-def flops_of_one(entry: Entry, resolution: Resolution, work: str, settings: Settings) -> float:
-    """FLOPs of a step for one image, of which those of a batch are a multiple. (Counting takes attention's S x S matrices.)"""
-    return count_flops(make_step(entry, resolution, work, 1, dataclasses.replace(settings, compile_mode=None)))
-
-
-def count_flops(step: Step) -> float:
-    # Fused attention is counted in its parts, which all devices know.
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _conv_backward_flops})
-    with counter, sdpa_kernel(SDPBackend.MATH):
-        step()
-    return float(counter.get_total_flops())
-
-
-def _conv_backward_flops(  # type: ignore[no-untyped-def]
-    grad_shape,
-    x_shape,
-    weight_shape,
-    bias,
-    stride,
-    padding,
-    dilation,
-    transposed,
-    output_padding,
-    groups,
-    wanted,
-    **kwargs,
-) -> int:
-    """As much as forwards for each gradient. torch's own formula forgets the groups: depthwise ones count E times."""
-    product = math.prod(x_shape if transposed else grad_shape) * math.prod(weight_shape[1:])
-    return 2 * product * sum(wanted[:2])
-
-
-def short(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[-1] if lines else type(error).__name__
-    if "can't allocate memory" in str(error) or isinstance(error, torch.OutOfMemoryError | MemoryError):
-        text = "out of memory"
-    return text if len(text) <= 120 else text[:117] + "..."
+def keeps_freed_memory(entry: Entry, settings: Settings) -> bool:
+    """Whether a process of its own keeps freed memory: as `main.py` lets its runs do it, but not the published code."""
+    return settings.device.type == "cpu" and not entry.published
 
 
 def _refuse_memory_in_time() -> None:
@@ -324,6 +313,7 @@ def write(path: Path, facts: dict[str, Any], rows: list[Row]) -> None:
         f"- hardware: {facts['hardware']}, {facts['threads']} torch threads",
         f"- load average of the last minute when started: {facts['load_average']}",
         f"- software: {versions}",
+        f"- processes: {facts['processes']}",
         f"- memory that is freed: {facts['freed_memory']}",
         f"- environment: {' '.join(f'{k}={v}' for k, v in facts['environment'].items()) or 'nothing set'}",
         f"- command: `{facts['command']}`",

@@ -28,17 +28,17 @@ def seconds(call: Call, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def interleaved(calls: Mapping[str, Call], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each call in each round. In a round all run once, in turn, so that a machine's drift meets all of them.
+def interleaved(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each measure returned in each round. In a round all run once, in turn, so that a machine's drift meets all of them.
 
     Every round starts with another one, so that none always follows the same.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
+    times: dict[str, list[float]] = {name: [] for name in measures}
+    names = list(measures)
     for i in range(rounds):
         first = i % max(len(names), 1)
         for name in names[first:] + names[:first]:
-            times[name].append(seconds(calls[name], device))
+            times[name].append(measures[name]())
     return times
 
 
