@@ -113,24 +113,20 @@ def _gates(
 ) -> _Gates:
     num_chunks, length = igate.shape[1:]
     stab = row_max.clamp(min=0)
-    last = 0 if reverse else length - 1
-    end_sum, end_stab = decay_sum[..., last], stab[..., last]  # (N, NC)
-    if reverse:
-        enter_sum, enter_stab = (F.pad(x[:, 1:], (0, 1)) for x in (end_sum, end_stab))
-    else:
-        enter_sum, enter_stab = (F.pad(x[:, :-1], (1, 0)) for x in (end_sum, end_stab))
-    log_scale = -math.log(head_dim) / 2
-    rows = (decay_sum - stab) - (end_sum - end_stab)[..., None]
-    columns = log_scale - rows - stab + igate
+    sums = decay_sum - stab  # F_t - m_t; what only depends on a pair of tokens is a difference of two of them
+    end = sums[..., 0 if reverse else length - 1]  # (N, NC)
+    enter = F.pad(end[:, 1:], (0, 1)) if reverse else F.pad(end[:, :-1], (1, 0))
+    rows = sums - end[..., None]
+    columns = igate - stab - rows - math.log(head_dim) / 2
     decay = _exp_(rows.to(dtype)[..., :, None] + columns.to(dtype)[..., None, :])
     # Later tokens, for which exponents may be positive, are not read.
     decay = decay.triu_() if reverse else decay.tril_()
     if num_chunks == 1:
         read = write = decay[:, :0]  # there is no state
     else:
-        read = torch.exp(decay_sum - stab - (enter_sum - enter_stab)[..., None]).to(dtype)[..., None]
+        read = torch.exp(sums - enter[..., None]).to(dtype)[..., None]
         write = torch.exp(columns).to(dtype)[..., None]
-    keep = torch.exp(end_sum - end_stab - enter_sum + enter_stab).to(dtype)
+    keep = torch.exp(end - enter).to(dtype)
     floor = torch.exp(-stab).to(dtype)
     return _Gates(reverse, decay, read, write, keep, floor, eps * torch.exp(row_max - stab).to(dtype))
 
