@@ -192,11 +192,13 @@ def _blur_taps(sigma: Tensor) -> Tensor:
     References:
         Gwosdek et al. 2011, Theoretical foundations of Gaussian convolution by extended box filtering.
     """
+    if not len(sigma):
+        return sigma.new_zeros(0, 1)  # of nothing, not every version of torch has a Fourier transform
     variance = sigma[:, None].double() ** 2 / _BLUR_PASSES
     k = ((12 * variance + 1).sqrt() - 1).div(2).floor()
     inner = 3 * ((k + 1) ** 2 - variance) / ((2 * k + 1) * (k + 1) * (2 * k + 3))
     outer = (1 - (2 * k + 1) * inner) / 2
-    radius = int(k.max()) + 1 if len(k) else 0
+    radius = int(k.max()) + 1
     distance = torch.arange(-radius, radius + 1).abs()
     box = torch.where(distance <= k, inner, outer * (distance == k + 1))
     length = _BLUR_PASSES * 2 * radius + 1
