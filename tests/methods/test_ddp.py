@@ -29,7 +29,7 @@ def train(world_size: int, out: Path) -> None:
 @pytest.mark.timeout(120)
 def test_ddp__two_processes_equal_one(tmp_path: Path) -> None:
     train(1, tmp_path)
-    results = run_in_two_processes(__file__, "train", tmp_path)
+    results = run_in_two_processes(__file__, "train", tmp_path, anew=True)
     assert [code for code, _ in results] == [0, 0], "\n".join(error for _, error in results)
 
     one = torch.load(tmp_path / "world1_rank0.pt", weights_only=True)

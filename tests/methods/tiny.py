@@ -3,8 +3,6 @@
 import copy
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -149,16 +147,20 @@ class Steps(L.Callback):
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
-def run_in_two_processes(test_file: str, function: str, folder: Path, timeout: float = 120) -> list[tuple[int, str]]:
+def run_in_two_processes(
+    test_file: str, function: str, folder: Path, timeout: float = 120, anew: bool = False
+) -> list[tuple[int, str]]:
     """`run_in_processes` with two."""
-    return run_in_processes(2, test_file, function, folder, timeout)
+    return run_in_processes(2, test_file, function, folder, timeout, anew=anew)
 
 
 def run_in_processes(
-    count: int, test_file: str, function: str, folder: Path, timeout: float = 120, *arguments: Any
+    count: int, test_file: str, function: str, folder: Path, timeout: float = 120, *arguments: Any, anew: bool = False
 ) -> list[tuple[int, str]]:
-    """Call `function(count, folder, *arguments)` of a test file in `count` processes, started as a cluster would, so that none
-    is left behind.
+    """Call `function(count, folder, *arguments)` of a test file in `count` processes with the environment of a cluster.
+
+    Args:
+        timeout, anew: See `forks.run`.
 
     Returns:
         Exit code and error output of each.
@@ -182,21 +184,4 @@ def run_in_processes(
     environments = [
         {**environment, "LOCAL_RANK": str(rank), "NODE_RANK": "0", "RANK": str(rank)} for rank in range(count)
     ]
-    if not torch.cuda.is_available():  # which a fork could not use
-        return forks.run(folder / "main.py", environments, timeout)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(folder / "main.py")],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for environment in environments
-    ]
-    try:
-        errors = [process.communicate(timeout=timeout)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
+    return forks.run(folder / "main.py", environments, timeout, anew)

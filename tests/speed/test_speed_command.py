@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import platform
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,7 +30,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> list[Entry]:
     ]
     monkeypatch.setattr(command, "entries", lambda size, backends: two)
     monkeypatch.setattr(command, "matmul_peak", lambda device, dtype: 1e9)
-    monkeypatch.setattr(command, "_refuse_memory_in_time", lambda: None)
+    monkeypatch.setattr(command, "refuse_memory_in_time", lambda: None)
     return two
 
 
@@ -57,10 +59,10 @@ def test_train_step__moves_every_weight(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("work", ["forward", "train", "dino"])
-def test_flops_of_one__those_of_a_batch_are_a_multiple(work: str) -> None:
+def test_flops__those_of_a_batch_are_a_multiple(work: str) -> None:
     entry, settings = Entry("x", "vil2_tiny_patch16_224", SMALL), Settings(CPU, num_prototypes=16)
     three = timed.count_flops(make_step(entry, Resolution(64), work, 3, settings))
-    assert three == pytest.approx(3 * Here(entry, Resolution(64), work, 1, settings).flops(), rel=2e-3)
+    assert three == pytest.approx(3 * Here(False, entry, Resolution(64), work, 1, settings).flops(), rel=2e-3)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 8])
@@ -138,37 +140,77 @@ def test_speed__a_network_that_fails_has_a_note_and_the_others_numbers(
     assert "out of memory" in "\n".join(command.table([ours, published]))
 
 
-def test_speed__a_process_for_each_network(small: list[Entry], tmp_path: Path) -> None:
+OWN = ["--sizes", "32", "--work", "forward", "--rounds", "3", "--tokens", "4", "--processes", "own"]
+
+
+def test_speed__a_process_for_each_network_and_one_that_dies_between_rounds(
+    small: list[Entry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[str, bool, int]] = []
+
+    class Recorded(InOwnProcess):
+        def __init__(self, keep: bool, limit_memory: bool, entry: Entry, *case: Any) -> None:
+            super().__init__(keep, limit_memory, entry, *case)
+            made.append((entry.label, self.kept, self.process.pid or 0))
+            self.count, self.dies = 0, entry.label == "other"
+
+        def seconds(self) -> float:
+            self.count += 1
+            if self.dies and self.count == 4:  # the second round, after two steps to warm up
+                self.process.kill()
+            return super().seconds()
+
+    monkeypatch.setattr(command, "InOwnProcess", Recorded)
+    small.append(Entry("other", "vil2_tiny_patch16_224", SMALL))
     out = tmp_path / "speed"
-    args = ["--sizes", "32", "--work", "forward", "--rounds", "2", "--tokens", "4", "--processes", "own"]
-    own = command.run([*args, "--out", str(out)])
-    one = command.run(args[:-2])
-    assert [(r.network, r.batch, r.flops) for r in own] == [(r.network, r.batch, r.flops) for r in one]
-    assert all(r.milliseconds and r.milliseconds > 0 for r in own)
-    assert own[1].times == 1.0
+    rows = command.run([*OWN, "--out", str(out)])
+    keeps = platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ)
+    assert [(label, kept) for label, kept, _ in made] == [
+        ("ViL, auto", keeps),
+        ("ViL as published", False),
+        ("other", keeps),
+    ]
+    assert len({os.getpid(), *(pid for _, _, pid in made)}) == 4
+    assert all(gone(pid) for _, _, pid in made)
+    ours, published, other = rows
+    assert ours.times is not None
+    assert published.times == 1.0
+    one = command.run([*OWN[:-2], "--networks", "ViL"])
+    assert [r.flops for r in (ours, published)] == [r.flops for r in one]
+    assert other.note == "its process ended with exit code -9"
+    assert other.milliseconds is None
     content = json.loads(out.with_suffix(".json").read_text())
     assert content["processes"] == "one for each network"
-    assert "of the published formulation given back" in content["freed_memory"]
-    assert [command.keeps_freed_memory(entry, Settings(CPU)) for entry in small] == [True, False]
+    if keeps:
+        expected = "- memory that is freed: kept by ViL, auto, other; given back by ViL as published\n"
+        assert expected in out.with_suffix(".md").read_text()
 
 
-def test_own_process__says_what_failed_and_when_it_died() -> None:
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_own_process__says_what_failed() -> None:
     with pytest.raises(RuntimeError, match="Unknown model"):
-        InOwnProcess(False, Entry("x", "vil3"), Resolution(32), "forward", 1, Settings(CPU))
-    case = Entry("x", "vil2_tiny_patch16_224", SMALL), Resolution(32), "forward", 1, Settings(CPU)
-    network = InOwnProcess(True, *case)
-    assert network.seconds() > 0
-    network.process.kill()
-    with pytest.raises(RuntimeError, match="its process ended with exit code -9"):
-        network.seconds()
-    network.close()
+        InOwnProcess(False, False, Entry("x", "vil3"), Resolution(32), "forward", 1, Settings(CPU))
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_own_process__keeps_freed_memory_if_told_to(keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_process__is_set_up_as_told(keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(timed, "keep_freed_memory", lambda: calls.append("kept"))
+
+    def kept() -> bool:
+        calls.append("kept")
+        return True
+
+    monkeypatch.setattr(timed, "keep_freed_memory", kept)
+    monkeypatch.setattr(timed, "refuse_memory_in_time", lambda: calls.append("limited"))
     monkeypatch.setattr(timed, "Here", lambda *case: calls.append("made"))
+    monkeypatch.setattr(timed.signal, "signal", lambda *args: None)
 
     class Closed:
         sent: ClassVar[list[Any]] = []
@@ -179,9 +221,9 @@ def test_own_process__keeps_freed_memory_if_told_to(keep: bool, monkeypatch: pyt
         def recv(self) -> str:
             raise EOFError
 
-    timed._serve(Closed(), keep, torch.get_num_threads(), ())  # type: ignore[arg-type]
-    assert calls == ["kept"] * keep + ["made"]
-    assert Closed.sent[-1] == (False, None)
+    timed._serve(Closed(), keep, keep, torch.get_num_threads(), ())  # type: ignore[arg-type]
+    assert calls == ["kept", "limited"] * keep + ["made"]
+    assert Closed.sent[-1] == (False, keep)
 
 
 def test_speed__leaves_out_what_is_slower_than_the_limit(small: list[Entry]) -> None:

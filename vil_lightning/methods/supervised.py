@@ -20,6 +20,7 @@ from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -570,7 +571,7 @@ class MovingAverage(ModelEmaV3):
                 values.append(local(value))
             else:
                 average.copy_(value)
-        self._foreach_lerp_(averages, values, weight=1.0 - decay)
+        get_ema_multi_avg_fn(decay)(averages, values, 0)  # the number of averages so far is not asked for
 
 
 def _check_ranges(

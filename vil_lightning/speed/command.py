@@ -6,11 +6,14 @@ python main.py speed --sizes 224 512 --work forward train --out speed
 import argparse
 import csv
 import dataclasses
+import functools
 import json
+import math
 import os
 import shlex
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from vil_lightning.evaluation.report import circumstances
 from vil_lightning.ops import MLSTM_BACKENDS
 from vil_lightning.speed.cases import WORK, Entry, Resolution, Settings, entries
 from vil_lightning.speed.measure import interleaved, matmul_peak, ratio
-from vil_lightning.speed.timed import Here, InOwnProcess, Timed, short
+from vil_lightning.speed.timed import FAILURES, Here, InOwnProcess, Timed, refuse_memory_in_time, short
 
 REFERENCE = "ViL as published"
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
@@ -38,6 +41,7 @@ class Row:
         times: Faster than the published formulation: median over rounds, and quartiles. None without it.
         memory: Bytes a step needs at most, beside weights and optimiser state.
         flops: Of a step, as counted in what runs; selective scans and element-wise work are not.
+        freed_memory: "kept" by the process, or "given back" as its allocator decides.
         note: Why there are no numbers.
     """
 
@@ -57,6 +61,7 @@ class Row:
     memory: int | None = None
     flops: float | None = None
     share_of_peak: float | None = None
+    freed_memory: str = ""
     note: str = ""
 
 
@@ -86,7 +91,8 @@ def parse(args: list[str]) -> argparse.Namespace:
         "--processes",
         choices=("one", "own"),
         default="one",
-        help="own: one for each network, in turn, each with the allocator as it is run with; one: the same for all",
+        help="own: each network in a process of its own, with the allocator settings it is normally run with "
+        "(published: glibc's, others: freed memory kept); one: the same process and settings for all",
     )
     parser.add_argument("--out", help="PATH.md, PATH.csv, PATH.json and PATH.png are written")
     options = parser.parse_args(args)
@@ -121,18 +127,26 @@ def run(args: list[str]) -> list[Row]:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    own_processes = options.processes == "own"
-    kept = device.type == "cpu" and not own_processes and keep_freed_memory()
     chosen = choose(entries(options.model_size, options.backends), options.networks)
-    if device.type == "cpu" and "compiled" not in options.modes:  # compilers reserve far more than they use
-        _refuse_memory_in_time()
+    on_cpu = device.type == "cpu"
+    limit_memory = on_cpu and "compiled" not in options.modes  # compilers reserve far more than they use
+    if options.processes == "own":
+
+        def prepare(entry: Entry, *case: Any) -> Timed:
+            # As `main.py` lets its runs keep freed memory, and the published code does not.
+            return InOwnProcess(on_cpu and not entry.published, limit_memory, entry, *case)
+
+    else:
+        kept = on_cpu and keep_freed_memory()
+        prepare = functools.partial(Here, kept)
+        if limit_memory:
+            refuse_memory_in_time()
     peak = matmul_peak(device, DTYPES[options.dtype])
     facts = {
         **circumstances(),
         "threads": torch.get_num_threads(),
-        # Of the allocator and of threads: they decide more on a CPU than most code does.
-        "processes": "one for all" if not own_processes else "one for each network",
-        "freed_memory": describe_memory(kept, own_processes and device.type == "cpu"),
+        # Of the allocator and of threads: they decide more on a CPU than most code does. So does `freed_memory` of a row.
+        "processes": "one for all" if options.processes == "one" else "one for each network",
         "environment": {
             k: v for k, v in os.environ.items() if k.startswith(("MALLOC_", "GLIBC_", "OMP_", "MKL_", "LD_PRELOAD"))
         },
@@ -166,19 +180,13 @@ def run(args: list[str]) -> list[Row]:
                     options.rounds,
                     options.limit,
                     peak,
-                    own_processes,
+                    prepare,
                 )
                 rows += group
                 print("\n".join(table(group)) + "\n", flush=True)
                 if options.out:  # after each group: what is measured stays if a later one fails
                     write(Path(options.out), facts, rows)
     return rows
-
-
-def describe_memory(kept: bool, own_processes: bool) -> str:
-    if own_processes:
-        return "kept, as by main.py; of the published formulation given back as the allocator decides, as by its code"
-    return "kept" if kept else "given back as the allocator decides"
 
 
 def choose(all_entries: list[Entry], words: list[str] | None) -> list[Entry]:
@@ -200,40 +208,54 @@ def measure(
     rounds: int,
     limit: float,
     peak: float,
-    own_processes: bool = False,
+    prepare: Callable[..., Timed],
 ) -> list[Row]:
-    """Rows of one group, timed in turn."""
+    """Rows of one group, timed in turn.
+
+    Args:
+        prepare: Makes what is timed, from the arguments of `make_step`.
+    """
     compiled = settings.compile_mode is not None
     rows = {
         entry.label: Row(entry.label, str(resolution), resolution.num_tokens, work, compiled, batch) for entry in chosen
     }
     ready: dict[str, Timed] = {}
-    for entry in chosen:
-        row = rows[entry.label]
-        case = entry, resolution, work, batch, settings
-        timed: Timed | None = None
-        try:
-            timed = InOwnProcess(keeps_freed_memory(entry, settings), *case) if own_processes else Here(*case)
-            timed.seconds()
-            first = timed.seconds()
-            if first > limit:
-                row.note = f"a step takes {first:.0f} s, more than --limit {limit:g}"
-            else:
-                # The pools of CUDA graphs are held between steps, so that a step itself seems to need nothing.
-                graphs = settings.device.type == "cuda" and settings.compile_mode in ("reduce-overhead", "max-autotune")
-                row.memory = None if graphs else timed.peak_memory()
-                row.flops = timed.flops()
-        except (RuntimeError, ValueError, MemoryError) as error:  # out of memory; a compiler's or a backend's failure
-            row.note = short(error)
-        if not row.note:
-            assert timed is not None
-            ready[entry.label] = timed
-        elif timed is not None:
-            timed.close()
 
-    times = interleaved({label: timed.seconds for label, timed in ready.items()}, rounds)
-    for timed in ready.values():
-        timed.close()
+    def measured_once(label: str) -> float:
+        try:
+            return ready[label].seconds()
+        except FAILURES as error:  # here, too: memory is shared with other processes
+            rows[label].note = short(error)
+            return math.nan
+
+    try:
+        for entry in chosen:
+            row = rows[entry.label]
+            try:
+                timed = prepare(entry, resolution, work, batch, settings)
+                ready[entry.label] = timed
+                row.freed_memory = "kept" if timed.kept else "given back"
+                timed.seconds()
+                first = timed.seconds()
+                if first > limit:
+                    row.note = f"a step takes {first:.0f} s, more than --limit {limit:g}"
+                else:
+                    # The pools of CUDA graphs are held between steps, so that a step itself seems to need nothing.
+                    graphs = settings.compile_mode in ("reduce-overhead", "max-autotune")
+                    row.memory = None if graphs and settings.device.type == "cuda" else timed.peak_memory()
+                    row.flops = timed.flops()
+            except FAILURES as error:
+                row.note = short(error)
+            if row.note:
+                if entry.label in ready:
+                    ready.pop(entry.label).close()
+                if settings.device.type == "cuda":
+                    torch.cuda.empty_cache()
+        times = interleaved({label: functools.partial(measured_once, label) for label in ready}, rounds)
+    finally:
+        for timed in ready.values():
+            timed.close()
+    times = {label: measured for label, measured in times.items() if not rows[label].note}
     for label, measured in times.items():
         row = rows[label]
         middle = statistics.median(measured)
@@ -244,26 +266,6 @@ def measure(
         if row.flops:
             row.share_of_peak = row.flops / middle / peak
     return list(rows.values())
-
-
-def keeps_freed_memory(entry: Entry, settings: Settings) -> bool:
-    """Whether a process of its own keeps freed memory: as `main.py` lets its runs do it, but not the published code."""
-    return settings.device.type == "cpu" and not entry.published
-
-
-def _refuse_memory_in_time() -> None:
-    """Let an allocation that the machine cannot serve fail with an error; otherwise the whole process would be killed."""
-    try:
-        meminfo = Path("/proc/meminfo").read_text().splitlines()
-        available = next(1024 * int(line.split()[1]) for line in meminfo if line.startswith("MemAvailable"))
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, StopIteration):
-        return  # not Linux
-    import resource  # only there
-
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    soft = used + int(0.9 * available)
-    resource.setrlimit(resource.RLIMIT_AS, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
 
 
 # --- what is shown ------------------------------------------------------------------------------------------------------
@@ -296,6 +298,17 @@ def table(rows: list[Row]) -> list[str]:
     return lines
 
 
+def describe_memory(rows: list[Row]) -> str:
+    """What becomes of freed memory, and whose, if that differs."""
+    labels: dict[str, list[str]] = {}
+    for row in rows:
+        if row.freed_memory and row.network not in labels.setdefault(row.freed_memory, []):
+            labels[row.freed_memory].append(row.network)
+    if len(labels) < 2:
+        return ", ".join(labels) or "not known"
+    return "; ".join(f"{what} by {', '.join(networks)}" for what, networks in labels.items())
+
+
 def write(path: Path, facts: dict[str, Any], rows: list[Row]) -> None:
     """Table, CSV, JSON and picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -314,7 +327,7 @@ def write(path: Path, facts: dict[str, Any], rows: list[Row]) -> None:
         f"- load average of the last minute when started: {facts['load_average']}",
         f"- software: {versions}",
         f"- processes: {facts['processes']}",
-        f"- memory that is freed: {facts['freed_memory']}",
+        f"- memory that is freed: {describe_memory(rows)}",
         f"- environment: {' '.join(f'{k}={v}' for k, v in facts['environment'].items()) or 'nothing set'}",
         f"- command: `{facts['command']}`",
         f"- peak of a matrix product: {facts['matmul_peak_flops'] / 1e9:.0f} GFLOP/s",

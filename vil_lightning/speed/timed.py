@@ -1,10 +1,14 @@
 """One network at one kind of work, ready to be timed: in this process, or in one of its own."""
 
+import contextlib
 import dataclasses
 import math
 import multiprocessing
+import os
+import signal
 from multiprocessing.connection import Connection
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,18 +18,22 @@ from vil_lightning.allocator import keep_freed_memory
 from vil_lightning.speed.cases import Entry, Resolution, Settings, Step, make_step
 from vil_lightning.speed.measure import peak_memory, seconds
 
+FAILURES = (RuntimeError, ValueError, MemoryError)  # out of memory; a compiler's or a backend's
+
 
 class Timed(Protocol):
-    """What is measured of a step. Each may raise what the step raises."""
+    """What is measured of a step. Each may raise one of `FAILURES`."""
+
+    kept: bool  # whether freed memory stays with the process
 
     def seconds(self) -> float:
-        """Of one step."""
+        """Wall-clock seconds of one step."""
 
     def peak_memory(self) -> int | None:
-        """See `measure.peak_memory`."""
+        """Bytes, see `measure.peak_memory`."""
 
     def flops(self) -> float:
-        """Of one step."""
+        """Floating-point operations of one step."""
 
     def close(self) -> None:
         """Free what it holds."""
@@ -34,11 +42,14 @@ class Timed(Protocol):
 class Here:
     """A step in this process.
 
-    Args: of `make_step`.
+    Args:
+        kept: Whether this process keeps freed memory; only recorded.
+        case: Arguments of `make_step`.
     """
 
-    def __init__(self, entry: Entry, resolution: Resolution, work: str, batch: int, settings: Settings) -> None:
-        self.case = entry, resolution, work, batch, settings
+    def __init__(self, kept: bool, *case: Any) -> None:
+        self.kept = kept
+        self.case: tuple[Entry, Resolution, str, int, Settings] = case
         self.step: Step | None = make_step(*self.case)
 
     def _step(self) -> Step:
@@ -54,59 +65,63 @@ class Here:
     def flops(self) -> float:
         """Those of one image, of which a batch's are a multiple. (Counting takes attention's S x S matrices.)"""
         entry, resolution, work, batch, settings = self.case
-        return batch * count_flops(
-            make_step(entry, resolution, work, 1, dataclasses.replace(settings, compile_mode=None))
-        )
+        eager = dataclasses.replace(settings, compile_mode=None)
+        return batch * count_flops(make_step(entry, resolution, work, 1, eager))
 
     def close(self) -> None:
         self.step = None
-        if self.case[4].device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 class InOwnProcess:
     """A step in a process of its own, which waits while others are timed.
 
     Args:
-        keep_freed: Whether that process keeps freed memory (`keep_freed_memory`), or its allocator decides.
+        keep: Whether that process is to keep freed memory (`keep_freed_memory`), or its allocator decides.
+        limit_memory: Whether memory that the machine cannot serve is refused there, see `refuse_memory_in_time`.
         case: Arguments of `make_step`.
+
+    Raises:
+        RuntimeError: What failed there, in one line, or that the process has ended; of all methods but `close`, too.
     """
 
-    def __init__(self, keep_freed: bool, *case: object) -> None:
+    def __init__(self, keep: bool, limit_memory: bool, *case: Any) -> None:
         context = multiprocessing.get_context("spawn")  # a fork could use no GPU, and shares its parent's heap
         self.connection, theirs = context.Pipe()
-        arguments = (theirs, keep_freed, torch.get_num_threads(), case)
+        arguments = (theirs, keep, limit_memory, torch.get_num_threads(), case)
         self.process = context.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
         theirs.close()  # or its end would not be noticed
         try:
-            self._receive()
-        except Exception:
+            self.kept: bool = self._receive()
+        except BaseException:
             self.close()
             raise
 
     def seconds(self) -> float:
-        return float(self._ask("seconds"))  # type: ignore[arg-type]
+        return float(self._ask("seconds"))
 
     def peak_memory(self) -> int | None:
-        return self._ask("peak_memory")  # type: ignore[return-value]
+        memory: int | None = self._ask("peak_memory")
+        return memory
 
     def flops(self) -> float:
-        return float(self._ask("flops"))  # type: ignore[arg-type]
+        return float(self._ask("flops"))
 
     def close(self) -> None:
         self.connection.close()
         self.process.join(5)
         self.process.kill()
+        self.process.join()
 
-    def _ask(self, what: str) -> object:
-        self.connection.send(what)
+    def _ask(self, what: str) -> Any:
+        with contextlib.suppress(OSError):  # it has ended, which is told below
+            self.connection.send(what)
         return self._receive()
 
-    def _receive(self) -> object:
+    def _receive(self) -> Any:
         try:
             failed, answer = self.connection.recv()
-        except (EOFError, ConnectionError) as error:
+        except (EOFError, OSError) as error:
             self.process.join()
             raise RuntimeError(f"its process ended with exit code {self.process.exitcode}") from error
         if failed:
@@ -114,26 +129,45 @@ class InOwnProcess:
         return answer
 
 
-def _serve(connection: Connection, keep_freed: bool, threads: int, case: tuple[object, ...]) -> None:
+def _serve(connection: Connection, keep: bool, limit_memory: bool, threads: int, case: tuple[Any, ...]) -> None:
+    """Answer as `Here` would, first with whether freed memory is kept, until the other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends, and closes its end
     torch.set_num_threads(threads)
-    if keep_freed:
-        keep_freed_memory()
-    here = None
-    question = "make"
+    kept = keep and keep_freed_memory()
+    if limit_memory:
+        refuse_memory_in_time()
+    here: Here | None = None
+    question = ""
     while True:
+        answer: Any
         try:
             if here is None:
-                here, answer = Here(*case), None  # type: ignore[arg-type]
+                here = Here(kept, *case)
+                answer = False, kept
             else:
-                answer = getattr(here, question)()
-        except (RuntimeError, ValueError, MemoryError) as error:
-            connection.send((True, short(error)))
-        else:
-            connection.send((False, answer))
+                answer = False, getattr(here, question)()
+        except FAILURES as error:
+            answer = True, short(error)
         try:
+            connection.send(answer)
             question = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             return
+
+
+def refuse_memory_in_time() -> None:
+    """Let an allocation that the machine cannot serve fail with an error; otherwise the whole process would be killed."""
+    try:
+        meminfo = Path("/proc/meminfo").read_text().splitlines()
+        available = next(1024 * int(line.split()[1]) for line in meminfo if line.startswith("MemAvailable"))
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, StopIteration):
+        return  # not Linux
+    import resource  # only there
+
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    soft = used + int(0.9 * available)
+    resource.setrlimit(resource.RLIMIT_AS, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
 
 
 def count_flops(step: Step) -> float:
