@@ -267,7 +267,7 @@ def graph_of(function: Any, *args: Tensor) -> str:
     return "".join(graphs)
 
 
-def test_compile__on_a_cpu_the_chunkwise_form_is_one_operator_but_not_in_an_exported_program() -> None:
+def test_compile__the_chunkwise_form_is_one_operator_but_not_in_an_exported_program() -> None:
     inputs = [x.float() for x in make_inputs(1, 2, 20, 4)]
 
     def run_chunkwise(*args: Tensor) -> Tensor:

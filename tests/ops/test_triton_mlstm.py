@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,10 +16,19 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton", reason="Triton is made for Linux")
+import triton
+
 from vil_lightning.ops import mlstm, triton_mlstm
 from vil_lightning.ops.triton_mlstm import mlstm_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OLD = (
+    tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9) and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
+)
+pytestmark = pytest.mark.skipif(
+    OLD and DEVICE == "cpu",
+    reason=f"the interpreter of Triton {triton.__version__} cannot be used with NumPy {np.__version__}",
+)
 NAMES = ("output", "q", "k", "v", "igate", "fgate")
 DIRECTIONS = pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "backwards"])
 Result = list[Tensor]

@@ -47,7 +47,7 @@ def mlstm_chunkwise(
         decay_sum, row_max = gate_sums(igate, log_fgate)
     q, k, v = (x.reshape(batch * heads, num_chunks, length, head_dim) for x in (q, k, v))
     numbers = (x.reshape(batch * heads, num_chunks, length) for x in (decay_sum, igate, row_max))
-    if q.device.type == "cpu" and torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_dynamo_compiling():
         hidden, _ = _forward_op(*(x.contiguous() for x in (q, k, v, *numbers)), reverse, eps)
     else:
         hidden = _Chunkwise.apply(q, k, v, *numbers, reverse, eps)
@@ -258,8 +258,9 @@ class _Chunkwise(torch.autograd.Function):
         return *_backward(hidden_grad, *ctx.saved_tensors, *ctx.settings), None, None
 
 
-# The same as one operator, for compilers on CPUs. Torch's, when it traces through, may choose strides for operands of a product
-# with which the matrices of a batch lie between each other, and every one of them is copied (benchmarks/PERFORMANCE.md).
+# The same as one operator, for torch.compile. Traced through by torch 2.11, `_Chunkwise` has gradients of zero, without a word;
+# and on CPUs the compiler may choose strides for operands of a product with which the matrices of a batch lie between each
+# other, and every one of them is copied (benchmarks/PERFORMANCE.md).
 _forward_op = torch.library.custom_op("vil_lightning::mlstm_chunkwise", _forward, mutates_args=())
 _backward_op = torch.library.custom_op("vil_lightning::mlstm_chunkwise_backward", _backward, mutates_args=())
 
