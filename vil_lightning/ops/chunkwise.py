@@ -113,7 +113,7 @@ def _gates(
 ) -> _Gates:
     num_chunks, length = igate.shape[1:]
     stab = row_max.clamp(min=0)
-    sums = decay_sum - stab  # F_t - m_t; what only depends on a pair of tokens is a difference of two of them
+    sums = decay_sum - stab  # F_t - m_t; `rows`, `read` and `keep` are differences of two of them
     end = sums[..., 0 if reverse else length - 1]  # (N, NC)
     enter = F.pad(end[:, 1:], (0, 1)) if reverse else F.pad(end[:, :-1], (1, 0))
     rows = sums - end[..., None]
