@@ -182,7 +182,7 @@ def test_speed__a_process_for_each_network_and_one_that_dies_between_rounds(
     content = json.loads(out.with_suffix(".json").read_text())
     assert content["processes"] == "one for each network"
     if keeps:
-        expected = "- memory that is freed: kept by ViL, auto, other; given back by ViL as published\n"
+        expected = "- memory that is freed: kept by 'ViL, auto' and 'other'; given back by 'ViL as published'\n"
         assert expected in out.with_suffix(".md").read_text()
 
 

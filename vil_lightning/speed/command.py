@@ -306,7 +306,7 @@ def describe_memory(rows: list[Row]) -> str:
             labels[row.freed_memory].append(row.network)
     if len(labels) < 2:
         return ", ".join(labels) or "not known"
-    return "; ".join(f"{what} by {', '.join(networks)}" for what, networks in labels.items())
+    return "; ".join(f"{what} by {' and '.join(map(repr, networks))}" for what, networks in labels.items())
 
 
 def write(path: Path, facts: dict[str, Any], rows: list[Row]) -> None:
