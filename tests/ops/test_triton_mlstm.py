@@ -22,11 +22,11 @@ from vil_lightning.ops import mlstm, triton_mlstm
 from vil_lightning.ops.triton_mlstm import mlstm_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OLD = (
-    tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9) and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
-)
+# Triton 3.6 was seen to fail with NumPy 2.4 and to work with 2.3; 3.9 works with 2.4 and 2.5.
+TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
+INTERPRETER_FAILS = TRITON < (3, 9) and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
 pytestmark = pytest.mark.skipif(
-    OLD and DEVICE == "cpu",
+    INTERPRETER_FAILS and DEVICE == "cpu",
     reason=f"the interpreter of Triton {triton.__version__} cannot be used with NumPy {np.__version__}",
 )
 NAMES = ("output", "q", "k", "v", "igate", "fgate")

@@ -193,7 +193,7 @@ def _blur_taps(sigma: Tensor) -> Tensor:
         Gwosdek et al. 2011, Theoretical foundations of Gaussian convolution by extended box filtering.
     """
     if not len(sigma):
-        return sigma.new_zeros(0, 1)  # of nothing, not every version of torch has a Fourier transform
+        return sigma.new_zeros(0, 1)  # torch 2.11 has no Fourier transform of nothing
     variance = sigma[:, None].double() ** 2 / _BLUR_PASSES
     k = ((12 * variance + 1).sqrt() - 1).div(2).floor()
     inner = 3 * ((k + 1) ** 2 - variance) / ((2 * k + 1) * (k + 1) * (2 * k + 3))
